@@ -1,0 +1,536 @@
+"""The call: from q, k, v to the kernel that was selected for them.
+
+A decision is made once per distinct combination of shapes, dtypes, devices, arguments, settings and
+context, and then found again by one dictionary look-up; everything else here is checked on the way
+to making it. Under ``torch.compile`` the whole call is one opaque operator, ``polyattn::attention``,
+which makes the same look-up when it runs: the forward context is read inside it, so one graph serves
+every step of a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+
+from polyattn import settings
+from polyattn.config import canonical_text, load_config, validate
+from polyattn.context import ForwardContext, current_context, dense_phase, forward_context
+from polyattn.contract import AttentionCall, Implementation, ScheduledConfig, default_scale
+from polyattn.discovery import RegisteredBackend, registry
+from polyattn.errors import BackendUnavailableError, InputError
+from polyattn.inputs import request_of, view_mask
+from polyattn.reporting import Report, Row, current_report
+from polyattn.selection import Scope, Selection, load_factory, local_environment, select
+
+__all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
+
+# Distinct decisions kept; a service with ever-changing lengths starts over instead of growing.
+MAXIMUM_DECISIONS = 8192
+
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class CallSite:
+    """Where a call comes from and what was asked for there. One object per distinct ``text``."""
+
+    text: str
+    backend: str | None = None
+    config: Mapping[str, Any] | None = None
+    scope: Scope = "call"
+    role: str | None = None
+    layer: int | None = None
+    required_backend: str | None = None
+
+
+_call_sites: dict[str, CallSite] = {}
+_plain_call_sites: dict[str | None, CallSite] = {}
+
+
+def call_site(
+    backend: str | None = None,
+    config: Any = None,
+    *,
+    scope: Scope = "call",
+    role: str | None = None,
+    layer: int | None = None,
+    required_backend: str | None = None,
+) -> CallSite:
+    """The call site with these wishes; equal wishes give the same object."""
+    parameters = load_config(config) if config is not None else None
+    text = json.dumps([backend, canonical_text(parameters), scope, role, layer, required_backend])
+    found = _call_sites.get(text)
+    if found is None:
+        found = CallSite(text, backend, parameters, scope, role, layer, required_backend)
+        found = _call_sites.setdefault(text, found)
+    return found
+
+
+def _call_site_from_text(text: str) -> CallSite:
+    found = _call_sites.get(text)
+    if found is None:  # a compiled graph loaded in a new process
+        backend, config, scope, role, layer, required = json.loads(text)
+        found = call_site(
+            backend,
+            json.loads(config) if config is not None else None,
+            scope=scope,
+            role=role,
+            layer=layer,
+            required_backend=required,
+        )
+    return found
+
+
+class _Decision:
+    """A selection bound to its implementation, and what every call with it shares."""
+
+    __slots__ = ("_report", "_row", "checked", "dense", "implementation", "mask_kind", "role",
+                 "scale", "schedule", "selection", "shape")
+
+    def __init__(
+        self,
+        selection: Selection,
+        implementation: Implementation,
+        schedule: ScheduledConfig | None,
+        dense: _Decision | None,
+        request: Any,
+    ) -> None:
+        self.selection = selection
+        self.implementation = implementation
+        self.schedule = schedule
+        self.dense = dense
+        self.role = request.role
+        self.mask_kind = request.mask
+        self.scale = default_scale(request.head_dim) if request.scale is None else request.scale
+        self.shape = (
+            f"B={request.batch} Sq={request.query_length} Sk={request.key_length} "
+            f"H={request.heads} D={request.head_dim} {request.dtype}"
+        )
+        self.checked = False
+        self._report: Report | None = None
+        self._row: Row | None = None
+
+    def row(self, report: Report, phase: str | None) -> Row:
+        """The report row of this decision, kept for the report that was last written to."""
+        if report is not self._report or self._row is None or not self._row.calls:
+            why = self.selection.why if phase is None else f"{phase} of {self.selection.requested}"
+            chosen = self.selection
+            make = Row(self.role, chosen.requested, chosen.chosen, chosen.source, why, self.shape)
+            key = (make.role, make.requested, make.used, make.source, why, make.shape)
+            self._row, self._report = report.row(key, make), report
+        return self._row
+
+
+_decisions: dict[Any, _Decision] = {}
+
+
+def clear_decisions() -> None:
+    """Forget every decision, e.g. after plugins changed under test."""
+    _decisions.clear()
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    backend: str | None = ...,
+    config: Any = ...,
+    is_causal: bool = ...,
+    attn_mask: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    return_lse: Literal[False] = ...,
+    grid: tuple[int, int, int] | None = ...,
+    extras: Mapping[str, torch.Tensor] | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    backend: str | None = ...,
+    config: Any = ...,
+    is_causal: bool = ...,
+    attn_mask: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    return_lse: Literal[True],
+    grid: tuple[int, int, int] | None = ...,
+    extras: Mapping[str, torch.Tensor] | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    backend: str | None = None,
+    config: Any = None,
+    is_causal: bool = False,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    grid: tuple[int, int, int] | None = None,
+    extras: Mapping[str, torch.Tensor] | None = None,
+) -> Output:
+    """Scaled dot-product attention: softmax(scale * q k^T + mask) v.
+
+    ``q`` is ``[B, Sq, H, D]``; ``k`` and ``v`` are ``[B, Sk, Hkv, D]`` of the same dtype and device,
+    with Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype;
+    with ``return_lse=True`` also the natural log-sum-exp ``[B, H, Sq]`` in float32, which carries no
+    gradient.
+
+    ``backend`` names a backend (None or ``"auto"``: selection decides) and ``config`` holds its
+    parameters, in any form :func:`polyattn.load_config` reads. ``attn_mask`` is boolean (True = may
+    attend) or additive in q's dtype and broadcasts to ``[B, H, Sq, Sk]``; a boolean ``[B, Sk]`` or
+    ``[B, 1, 1, Sk]`` is a key-padding mask. ``is_causal`` aligns to the bottom right; with a mask,
+    both apply. ``scale`` defaults to 1/sqrt(D). A query row that sees no key gives zeros. ``grid``
+    is shorthand for a forward context that holds only a token grid (T, H, W), and ``extras`` are
+    tensors that a backend declares by name.
+
+    Raises :class:`~polyattn.errors.PolyattnError` subclasses; never another backend, mask or scale
+    than asked for without an entry in :func:`polyattn.report`.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(
+            _constant_site(backend, config), q, k, v, attn_mask, is_causal, scale, enable_gqa,
+            return_lse, grid, extras,
+        )
+    if config is None:
+        try:
+            site = _plain_call_sites.get(backend)
+        except TypeError:
+            raise InputError(f"a backend is named by text, found {backend!r}") from None
+        if site is None:
+            site = _plain_call_sites.setdefault(backend, call_site(backend))
+    else:
+        site = call_site(backend, config)
+    if grid is not None:
+        with forward_context(grid=grid):
+            return attend(
+                site, q, k, v, attn_mask, is_causal, scale, enable_gqa, return_lse, extras
+            )
+    return attend(site, q, k, v, attn_mask, is_causal, scale, enable_gqa, return_lse, extras)
+
+
+def attend(
+    site: CallSite,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    extras: Mapping[str, torch.Tensor] | None = None,
+) -> Output:
+    """:func:`attention` for a known call site. Eager only: the operator below calls it too."""
+    context = current_context()
+    try:
+        key: Any = (
+            site, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device,
+            v.device, q.layout, k.layout, v.layout, is_causal, scale, enable_gqa, return_lse,
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            settings._settings, settings.forced(),
+            None if context is None else (context.role, context.grid, context.text),
+            None if mask is None else (mask.shape, mask.dtype, mask.device),
+            None if not extras else tuple(extras),
+        )  # fmt: skip
+        decision = _decisions.get(key)
+    except (TypeError, AttributeError):
+        key = decision = None  # not tensors, or not hashable: the checks say what is wrong
+    if decision is None:
+        decision = _decide(
+            site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, context
+        )
+        if len(_decisions) >= MAXIMUM_DECISIONS:
+            _decisions.clear()
+        # The look-up may have been made before the settings were first read.
+        if key is not None and key[18] is settings._settings:
+            _decisions[key] = decision
+    if site.role is not None or site.layer is not None:
+        context = _at_site(context, site)
+    phase = None
+    if decision.schedule is not None:
+        _refuse_frozen_schedule(decision)
+        phase = dense_phase(decision.schedule, context)
+        if phase is not None and decision.dense is not None:
+            decision = decision.dense
+    call = AttentionCall(
+        is_causal,
+        decision.scale,
+        None if mask is None else view_mask(mask, q, k),
+        decision.mask_kind,
+        enable_gqa,
+        return_lse,
+        context,
+        extras or {},
+    )
+    result = decision.implementation(q, k, v, call)
+    if not decision.checked:
+        _check_result(decision, result, q, return_lse)
+    decision.row(current_report(), phase).count(context, call.facts)
+    return result
+
+
+def _at_site(context: ForwardContext | None, site: CallSite) -> ForwardContext:
+    context = context or ForwardContext()
+    role = site.role or context.role
+    layer = context.layer if site.layer is None else site.layer
+    if role == context.role and layer == context.layer:
+        return context
+    return replace(context, role=role, layer=layer)
+
+
+def _decide(
+    site: CallSite,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    return_lse: Any,
+    extras: Any,
+    context: ForwardContext | None,
+) -> _Decision:
+    """Check everything, select, and build the implementation."""
+    tensors = [each for each in (q, k, v) if isinstance(each, torch.Tensor)]
+    request = request_of(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+        extras=extras,
+        needs_grad=torch.is_grad_enabled() and any(each.requires_grad for each in tensors),
+        role=site.role or (context.role if context is not None else "self"),
+        context=context,
+    )
+    environment = local_environment(request.device)
+    known = registry().backends
+    # Loading a chosen backend may fail; it is then a reason, and selection runs again.
+    for _ in range(len(known) + 1):
+        selection = select(
+            site.backend,
+            request=request,
+            config=site.config,
+            environment=environment,
+            required_backend=site.required_backend,
+            scope=site.scope,
+        )
+        partner = selection.dense
+        names = [selection.chosen] + ([partner.chosen] if partner is not None else [])
+        if all(load_factory(known[name]) is not None for name in names):
+            break
+    else:
+        raise BackendUnavailableError("no backend could be loaded", hint="polyattn doctor")
+
+    def build(chosen: Selection, dense: _Decision | None) -> _Decision:
+        backend: RegisteredBackend = known[chosen.chosen]
+        parameters = validate(backend.spec, chosen.parameters)
+        factory = load_factory(backend)
+        assert factory is not None
+        implementation = factory(parameters, request, environment)
+        schedule = parameters if isinstance(parameters, ScheduledConfig) else None
+        if dense is None:
+            schedule = None
+        return _Decision(chosen, implementation, schedule, dense, request)
+
+    return build(selection, build(partner, None) if partner is not None else None)
+
+
+def _check_result(decision: _Decision, result: Any, q: torch.Tensor, return_lse: bool) -> None:
+    """Hold the first result of an implementation against the contract."""
+    out, lse = result if return_lse and isinstance(result, tuple) else (result, None)
+    problem = None
+    if not isinstance(out, torch.Tensor) or (return_lse and lse is None):
+        problem = f"returned {type(result).__name__}"
+    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
+        problem = f"returned {list(out.shape)} {out.dtype} on {out.device}"
+    elif lse is not None and (
+        lse.shape != (q.shape[0], q.shape[2], q.shape[1]) or lse.dtype != torch.float32
+    ):
+        problem = f"returned a log-sum-exp of {list(lse.shape)} {lse.dtype}"
+    if problem is not None:
+        raise BackendUnavailableError(
+            f"the backend {decision.selection.chosen!r} broke its contract: it {problem} for q "
+            f"{list(q.shape)} {q.dtype}; please report it to the plugin's author"
+        )
+    decision.checked = True
+
+
+def _refuse_frozen_schedule(decision: _Decision) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise BackendUnavailableError(
+            f"{decision.selection.chosen} changes from step to step, and a CUDA graph would repeat "
+            "the captured step for ever",
+            hint="torch.compile(...) without mode='reduce-overhead'",
+        )
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _constant_site(backend: Any, config: Any) -> str:
+    return call_site(backend, config).text
+
+
+def _traced(
+    site_text: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    grid: tuple[int, int, int] | None,
+    extras: Mapping[str, torch.Tensor] | None,
+) -> Output:
+    names = sorted(extras) if extras else []
+    tensors = [extras[name] for name in names] if extras else []
+    out, lse = _attention_operator(
+        q, k, v, mask, ",".join(names), tensors, site_text, is_causal, scale, enable_gqa, return_lse,
+        list(grid) if grid is not None else None,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("polyattn::attention", mutates_args=())
+def _attention_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    extra_names: str,
+    extras: list[torch.Tensor],
+    site: str,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    grid: list[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result = _attend_as_operator(
+        site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, return_lse, grid
+    )
+    out, lse = result if isinstance(result, tuple) else (result, _no_lse(q))
+    # An operator's strides are fixed by its fake, and its outputs may not alias its inputs.
+    out = out.contiguous()
+    if out.data_ptr() in (q.data_ptr(), k.data_ptr(), v.data_ptr()):
+        out = out.clone()
+    return out, lse.contiguous()
+
+
+def _attend_as_operator(
+    site: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    extra_names: str,
+    extras: list[torch.Tensor],
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    grid: list[int] | None,
+) -> Output:
+    arguments: Any = (
+        _call_site_from_text(site), q, k, v, mask, is_causal, scale, enable_gqa, return_lse,
+        dict(zip(filter(None, extra_names.split(",")), extras, strict=True)),
+    )  # fmt: skip
+    if grid is None:
+        return attend(*arguments)
+    with forward_context(grid=(grid[0], grid[1], grid[2])):
+        return attend(*arguments)
+
+
+def _no_lse(q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty((0,), dtype=torch.float32)
+
+
+@_attention_operator.register_fake
+def _attention_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, extra_names: Any, extras: Any,
+    site: Any, is_causal: Any, scale: Any, enable_gqa: Any, return_lse: bool, grid: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    out = q.new_empty(q.shape)
+    if not return_lse:
+        return out, _no_lse(q)
+    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("polyattn::attention_backward", mutates_args=())
+def _backward_operator(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    extra_names: str,
+    extras: list[torch.Tensor],
+    site: str,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    grid: list[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients by running the forward again with gradients on: one more forward, any kernel."""
+    with torch.enable_grad():
+        q, k, v = (each.detach().requires_grad_() for each in (q, k, v))
+        out = _attend_as_operator(
+            site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, False, grid
+        )
+        assert isinstance(out, torch.Tensor)
+        gradients = torch.autograd.grad(out, (q, k, v), grad)
+    return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
+
+
+@_backward_operator.register_fake
+def _backward_fake(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    (q, k, v, mask, names, extras, site, is_causal, scale, enable_gqa, _, grid) = inputs
+    if mask is not None and mask.requires_grad:
+        raise InputError(
+            "attn_mask needs a gradient, which polyattn does not compute under torch.compile",
+            hint="attn_mask.detach(), or call attention outside of the compiled function",
+        )
+    ctx.save_for_backward(q, k, v, mask, *extras)
+    ctx.rest = (names, site, is_causal, scale, enable_gqa, grid)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[Any, ...]:
+    q, k, v, mask, *extras = ctx.saved_tensors
+    names, site, is_causal, scale, enable_gqa, grid = ctx.rest
+    gradients = _backward_operator(
+        grad, q, k, v, mask, names, extras, site, is_causal, scale, enable_gqa, grid
+    )
+    return (*gradients, None, None, [None] * len(extras), None, None, None, None, None, None)
+
+
+_attention_operator.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,153 @@
+"""What ran: one row per distinct decision, with the layers and steps it served.
+
+The dispatcher records every call. :func:`report` gives the report of the run in progress (the
+diffusers bridge opens one per pipeline) or, outside any run, the process's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from polyattn.context import ForwardContext
+
+__all__ = ["Report", "Row", "current_report", "ranges", "report", "reporting_to"]
+
+
+@dataclass(slots=True)
+class Row:
+    """Calls that shared one decision. ``facts`` holds what the backend told of itself."""
+
+    role: str
+    requested: str | None
+    used: str
+    source: str
+    why: str
+    shape: str
+    calls: int = 0
+    steps: set[int] = field(default_factory=set)
+    layers: set[int] = field(default_factory=set)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, context: ForwardContext | None, facts: Mapping[str, Any] | None) -> None:
+        """Add one call. Numbers in ``facts`` are averaged over calls, other values collected."""
+        self.calls += 1
+        if context is not None:
+            if context.step is not None:
+                self.steps.add(context.step)
+            if context.layer is not None:
+                self.layers.add(context.layer)
+        if facts:
+            for name, value in facts.items():
+                self._add_fact(name, value)
+
+    def _add_fact(self, name: str, value: Any) -> None:
+        known = self.facts.get(name)
+        if isinstance(value, float):
+            mean = value if known is None else known
+            self.facts[name] = mean + (value - mean) / self.calls
+        elif known is None or known == value:
+            self.facts[name] = value
+        elif str(value) not in str(known).split(", "):
+            self.facts[name] = f"{known}, {value}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "requested": self.requested,
+            "used": self.used,
+            "source": self.source,
+            "why": self.why,
+            "shape": self.shape,
+            "calls": self.calls,
+            "steps": sorted(self.steps),
+            "layers": sorted(self.layers),
+            **({"facts": dict(self.facts)} if self.facts else {}),
+        }
+
+
+class Report:
+    """Rows keyed by decision. Safe to read while other threads record."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[Any, ...], Row] = {}
+        self._lock = threading.Lock()
+
+    def row(self, key: tuple[Any, ...], make: Row) -> Row:
+        """The row for a decision; ``make`` is used the first time."""
+        with self._lock:
+            return self._rows.setdefault(key, make)
+
+    @property
+    def rows(self) -> list[Row]:
+        with self._lock:
+            return list(self._rows.values())
+
+    def clear(self) -> None:
+        """Forget what ran so far."""
+        with self._lock:
+            self._rows.clear()
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Plain data, one mapping per row, ready for JSON."""
+        return [row.to_dict() for row in self.rows]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no attention ran"
+        lines = []
+        for row in self.rows:
+            asked = row.requested or "automatic"
+            where = "".join(
+                f", {name} {ranges(values)}"
+                for name, values in (("steps", row.steps), ("layers", row.layers))
+                if values
+            )
+            facts = "".join(f", {name}={_short(value)}" for name, value in row.facts.items())
+            lines.append(
+                f"{row.role}: {row.used} (asked: {asked}; {row.why}), {row.calls} calls{where}, "
+                f"{row.shape}{facts}"
+            )
+        return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``{0, 1, 2, 5}`` as ``0-2,5``."""
+    parts: list[str] = []
+    ordered = sorted(numbers)
+    start = 0
+    for index, number in enumerate(ordered):
+        if index + 1 < len(ordered) and ordered[index + 1] == number + 1:
+            continue
+        first = ordered[start]
+        parts.append(str(first) if first == number else f"{first}-{number}")
+        start = index + 1
+    return ",".join(parts)
+
+
+_process_report = Report()
+_current: ContextVar[Report] = ContextVar("polyattn_report", default=_process_report)
+current_report = _current.get
+
+
+def report() -> Report:
+    """The report of the run in progress, or the process's own. ``print(polyattn.report())``."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def reporting_to(target: Report) -> Iterator[Report]:
+    """Record the calls of this thread or task in ``target``."""
+    token = _current.set(target)
+    try:
+        yield target
+    finally:
+        _current.reset(token)

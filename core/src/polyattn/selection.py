@@ -1,0 +1,436 @@
+"""Choosing the backend for a request, and saying why.
+
+Precedence: a forced backend, the call's or layer's own, a per-role setting, the global setting,
+then automatic. Automatic never leaves exact backends. A named backend runs or the caller gets an
+error with all reasons; the written exceptions are recorded in the selection and logged once:
+
+* a backend that declares ``falls_back_to`` hands over when its runtime is not installed;
+* a sparse backend named for the whole model leaves cross-attention and attention without a token
+  grid dense;
+* ``on_unavailable="fallback"`` lets automatic selection step in.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from polyattn.config import load_config, per_backend, validate
+from polyattn.contract import AttentionRequest, BackendSpec, Reason, ScheduledConfig
+from polyattn.discovery import RegisteredBackend, registry
+from polyattn.environment import Environment
+from polyattn.errors import BackendUnavailableError, InputError, SelectionConflictError
+from polyattn.naming import backend_named, resolve_name
+from polyattn.probing import (
+    RUNTIME_MISSING,
+    availability_reasons,
+    platform_reasons,
+    request_reasons,
+)
+from polyattn.settings import OnUnavailable, current_settings, forced
+
+__all__ = [
+    "BackendStatus",
+    "Candidate",
+    "Selection",
+    "backends",
+    "load_factory",
+    "local_environment",
+    "select",
+]
+
+logger = logging.getLogger("polyattn")
+
+Scope = Literal["call", "layer", "model"]
+
+
+class Candidate(BaseModel):
+    """A backend that was considered, and every reason against it (none = accepted)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+class Selection(BaseModel):
+    """A decision: what was asked, what was chosen, where the wish came from, and the trace.
+
+    ``source`` is ``force``, ``call``, ``layer``, ``model``, ``role``, ``global``,
+    ``POLYATTN_BACKEND``, ``required`` or ``automatic``; ``why`` says in words how the choice
+    followed. ``parameters`` are the chosen backend's, complete with defaults. ``dense`` is the
+    selection of the dense phase of a sparse method.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    requested: str | None
+    chosen: str
+    source: str
+    why: str
+    trace: tuple[Candidate, ...]
+    parameters: Mapping[str, Any] = {}
+    dense: Selection | None = None
+
+
+class BackendStatus(BaseModel):
+    """An installed backend as this machine sees it; ``reasons`` is empty when it is usable."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    summary: str
+    distribution: str
+    version: str
+    reasons: tuple[Reason, ...]
+
+    @property
+    def usable(self) -> bool:
+        return not self.reasons
+
+
+def backends(environment: Environment | None = None) -> list[BackendStatus]:
+    """Every installed backend, with all reasons why it would not run in ``environment``."""
+    environment = environment or local_environment()
+    return [
+        BackendStatus(
+            name=each.name,
+            aliases=tuple(each.spec.aliases),
+            kind=each.spec.kind,
+            summary=each.spec.summary,
+            distribution=each.distribution,
+            version=each.version,
+            reasons=tuple(_machine_reasons(each.spec, environment)),
+        )
+        for each in sorted(registry().backends.values(), key=_preference)
+    ]
+
+
+@functools.cache
+def local_environment(device: str | None = None) -> Environment:
+    """This machine, looked at once per device; a plugin may teach platforms core does not know."""
+    environment = Environment.detect(device)
+    taught = {each.platform: each for each in registry().accelerators}
+    if environment.platform in taught:
+        return environment.with_accelerator(taught[environment.platform])
+    if device is None and environment.platform == "cpu" and taught:
+        return environment.with_accelerator(next(iter(taught.values())))
+    return environment
+
+
+def select(
+    backend: str | None = None,
+    *,
+    request: AttentionRequest | None = None,
+    config: Any = None,
+    environment: Environment | None = None,
+    required_backend: str | None = None,
+    on_unavailable: OnUnavailable | None = None,
+    scope: Scope = "call",
+    **needs: Any,
+) -> Selection:
+    """Decide which backend serves a request, without running anything.
+
+    ``request`` (or its fields as keywords: ``head_dim=128, dtype="bfloat16", is_causal=True``) says
+    what is needed; ``environment`` defaults to this machine seen from ``request.device``. Raises
+    :class:`~polyattn.errors.UnknownBackendError`,
+    :class:`~polyattn.errors.BackendUnavailableError`,
+    :class:`~polyattn.errors.SelectionConflictError` or
+    :class:`~polyattn.errors.ConfigError`.
+    """
+    if request is None:
+        try:
+            request = AttentionRequest(**needs)
+        except TypeError as error:
+            raise InputError(f"select: {error}".replace("AttentionRequest.__init__()", "")) from None
+    elif needs:
+        raise InputError(f"select takes a request or its fields, found both: {', '.join(needs)}")
+    environment = environment or local_environment(request.device)
+    on_unavailable = on_unavailable or current_settings().on_unavailable
+    requested, source = _wish(backend, request, required_backend, scope)
+    given = load_config(config)
+    if requested is None:
+        return _automatic(request, environment, given, requested=None, source="automatic")
+    chosen = backend_named(requested, source=source)
+    # Parameters are checked before anything else, so that a typo shows even where the named
+    # backend will not be the one that runs.
+    parameters = _parameters(chosen, requested, given)
+    exception = _dense_exception(chosen.spec, request, source)
+    if exception:
+        return _logged(_automatic(request, environment, {}, requested, source, exception))
+    reasons = _all_reasons(chosen.spec, request, parameters, environment)
+    if not reasons:
+        return _selection(chosen, parameters, request, environment, requested, source)
+    refused = Candidate(name=chosen.name, reasons=tuple(reasons))
+    if chosen.spec.falls_back_to and any(each.code in RUNTIME_MISSING for each in reasons):
+        substitute = backend_named(chosen.spec.falls_back_to)
+        defaults = _parameters(substitute, substitute.name, {})
+        if not _all_reasons(substitute.spec, request, defaults, environment):
+            why = f"the runtime of {chosen.name} is missing: {_joined(reasons)}"
+            return _logged(
+                _selection(
+                    substitute, defaults, request, environment, requested, source, why, (refused,)
+                )
+            )
+    if on_unavailable == "fallback":
+        why = f"{chosen.name} cannot run here and fallback is allowed: {_joined(reasons)}"
+        return _logged(
+            _automatic(request, environment, {}, requested, source, why, (refused,))
+        )
+    raise _unavailable(requested, source, refused, request, environment)
+
+
+def _wish(
+    backend: str | None, request: AttentionRequest, required: str | None, scope: Scope
+) -> tuple[str | None, str]:
+    """The backend that was asked for and by what: force, call, role, global; or nobody."""
+    settings = current_settings()
+    role_backend = settings.roles.get(request.role)
+    wishes = [
+        (forced(), "force"),
+        (None if backend in (None, "auto") else backend, scope),
+        (role_backend, "role"),
+        (settings.backend, settings.source),
+    ]
+    wishes = [(name, source) for name, source in wishes if name is not None]
+    if required is not None:
+        canonical = resolve_name(required)[0]
+        for name, source in wishes:
+            if name is not None and resolve_name(name, source=source)[0] != canonical:
+                raise SelectionConflictError(
+                    f"this layer is only right with the backend {required!r}, and "
+                    f"{_source_words(source)} asks for {name!r}",
+                    hint=f"leave the choice out, or ask for {required!r}",
+                )
+        return required, "required"
+    return wishes[0] if wishes else (None, "automatic")
+
+
+def _source_words(source: str) -> str:
+    return {
+        "force": "polyattn.force_backend",
+        "call": "the call",
+        "layer": "the layer",
+        "model": "the setting for the whole model",
+        "role": "the setting for its role",
+        "global": "the global setting",
+    }.get(source, source)
+
+
+def _dense_exception(spec: BackendSpec, request: AttentionRequest, source: str) -> str | None:
+    """Why a sparse backend named for a whole model does not apply to this attention."""
+    if spec.kind != "sparse" or source in ("call", "layer", "role", "required"):
+        return None
+    if request.role == "cross" and not spec.capabilities.cross_attention:
+        return f"{spec.name} serves self-attention; cross-attention stays dense"
+    if spec.capabilities.needs_grid and request.grid is None:
+        return f"{spec.name} works on a video's token grid; attention without one stays dense"
+    return None
+
+
+def _automatic(
+    request: AttentionRequest,
+    environment: Environment,
+    given: Mapping[str, Any],
+    requested: str | None,
+    source: str,
+    why: str | None = None,
+    trace: tuple[Candidate, ...] = (),
+) -> Selection:
+    """The preferred exact backend that can serve the request."""
+    candidates = list(trace)
+    for each in sorted(registry().backends.values(), key=_preference):
+        if each.spec.kind != "exact":
+            continue
+        parameters = _parameters(each, each.name, given)
+        reasons = _all_reasons(each.spec, request, parameters, environment)
+        candidates.append(Candidate(name=each.name, reasons=tuple(reasons)))
+        if not reasons:
+            return _selection(
+                each,
+                parameters,
+                request,
+                environment,
+                requested,
+                source,
+                why or "the preferred exact backend that can serve this",
+                tuple(candidates),
+            )
+    if not registry().backends:
+        raise BackendUnavailableError(
+            "no attention backend is installed; polyattn itself contains none",
+            hint='pip install "polyattn[sdpa]"',
+        )
+    raise BackendUnavailableError(
+        f"no exact backend can serve {_words(request)} on {environment.describe()}:"
+        + "".join(f"\n  {each.name}: {_joined(each.reasons)}" for each in candidates)
+    )
+
+
+def _selection(
+    chosen: RegisteredBackend,
+    parameters: BaseModel,
+    request: AttentionRequest,
+    environment: Environment,
+    requested: str | None,
+    source: str,
+    why: str = "requested",
+    trace: tuple[Candidate, ...] = (),
+) -> Selection:
+    if not trace or trace[-1].name != chosen.name:
+        trace = (*trace, Candidate(name=chosen.name))
+    return Selection(
+        requested=requested,
+        chosen=chosen.name,
+        source=source,
+        why=why,
+        trace=trace,
+        parameters=parameters.model_dump(mode="json"),
+        dense=_dense_partner(chosen, parameters, request, environment),
+    )
+
+
+def _dense_partner(
+    chosen: RegisteredBackend,
+    parameters: BaseModel,
+    request: AttentionRequest,
+    environment: Environment,
+) -> Selection | None:
+    """Who runs the dense phase of a scheduled method: what the run would use without it."""
+    if not isinstance(parameters, ScheduledConfig):
+        return None
+    if not (parameters.dense_steps or parameters.dense_layers):
+        return None
+    if parameters.dense_backend is None:
+        why = f"dense phase of {chosen.name}"
+        return _automatic(request, environment, {}, chosen.name, "automatic", why)
+    partner = backend_named(parameters.dense_backend, source=f"dense_backend of {chosen.name}")
+    defaults = _parameters(partner, parameters.dense_backend, {})
+    reasons = _all_reasons(partner.spec, request, defaults, environment)
+    if partner.spec.kind == "sparse":
+        reasons.append(Reason(code="kind", message="is itself a sparse backend"))
+    if reasons:
+        refused = Candidate(name=partner.name, reasons=tuple(reasons))
+        raise _unavailable(partner.name, f"dense_backend of {chosen.name}", refused, request,
+                           environment)
+    why = f"dense_backend of {chosen.name}"
+    return _selection(partner, defaults, request, environment, chosen.name, "call", why)
+
+
+def _parameters(
+    chosen: RegisteredBackend, asked_as: str, given: Mapping[str, Any]
+) -> BaseModel:
+    """The chosen backend's parameters: the call's own, or else the process-wide ones."""
+    source = "the configuration"
+    nested = per_backend(given, registry()) if given else None
+    if nested is not None:
+        given = nested.get(chosen.name, {})
+    if not given:
+        given = current_settings().config.get(chosen.name, {})
+        source = "the process-wide configuration"
+    implied = resolve_name(asked_as)[1]
+    return validate(chosen.spec, given, implied=implied, alias=asked_as, source=source)
+
+
+def _preference(each: RegisteredBackend) -> tuple[int, str]:
+    return (-each.spec.priority, each.name)
+
+
+def _machine_reasons(spec: BackendSpec, environment: Environment) -> list[Reason]:
+    return [
+        *platform_reasons(spec, environment),
+        *availability_reasons(spec, environment),
+        *([_broken[spec.name]] if spec.name in _broken else []),
+    ]
+
+
+def _all_reasons(
+    spec: BackendSpec, request: AttentionRequest, parameters: BaseModel, environment: Environment
+) -> list[Reason]:
+    return [
+        *_machine_reasons(spec, environment),
+        *request_reasons(spec, request, parameters, environment),
+    ]
+
+
+def _joined(reasons: Any) -> str:
+    return "; ".join(str(reason) for reason in reasons)
+
+
+def _words(request: AttentionRequest) -> str:
+    parts = [f"{request.role} attention"]
+    if request.dtype:
+        parts.append(request.dtype)
+    if request.head_dim:
+        parts.append(f"head dimension {request.head_dim}")
+    if request.is_causal:
+        parts.append("causal")
+    if request.mask != "none":
+        parts.append(f"{request.mask.replace('_', '-')} mask")
+    return ", ".join(parts)
+
+
+def _unavailable(
+    requested: str,
+    source: str,
+    refused: Candidate,
+    request: AttentionRequest,
+    environment: Environment,
+) -> BackendUnavailableError:
+    try:
+        alternative = _automatic(request, environment, {}, None, "automatic").chosen
+        nearest_words = f"\n  {alternative} could serve it (backend={alternative!r})"
+    except BackendUnavailableError:
+        nearest_words = ""
+    hints = [reason.hint for reason in refused.reasons if reason.hint]
+    return BackendUnavailableError(
+        f"the backend {requested!r}, asked for by {_source_words(source)}, cannot serve "
+        f"{_words(request)} on {environment.describe()}:"
+        + "".join(f"\n  - {reason.message}" for reason in refused.reasons)
+        + nearest_words,
+        hint=hints[0] if hints else None,
+    )
+
+
+def _logged(selection: Selection) -> Selection:
+    _warn_once(f"{selection.requested} -> {selection.chosen}: {selection.why}")
+    return selection
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+# Backends whose implementation could not be imported in this process, and why.
+_broken: dict[str, Reason] = {}
+_factories: dict[str, Any] = {}
+
+
+def load_factory(backend: RegisteredBackend) -> Any | None:
+    """The backend's factory, imported once; None (with a reason kept) when that fails.
+
+    A vendor package can be installed and still not load, e.g. when it was built for another torch.
+    """
+    spec = backend.spec
+    if spec.name not in _factories and spec.name not in _broken:
+        try:
+            _factories[spec.name] = pkgutil.resolve_name(spec.implementation)
+        except Exception as error:
+            _broken[spec.name] = Reason(
+                code="kernel-import-failed",
+                message=f"{backend.distribution} {backend.version} is installed but "
+                f"{spec.implementation} does not load: {type(error).__name__}: {error}",
+            )
+    return _factories.get(spec.name)
