@@ -19,7 +19,13 @@ import torch
 from polyattn import settings
 from polyattn.config import canonical_text, load_config, validate
 from polyattn.context import ForwardContext, current_context, dense_phase, forward_context
-from polyattn.contract import AttentionCall, Implementation, ScheduledConfig, default_scale
+from polyattn.contract import (
+    AttentionCall,
+    AttentionRequest,
+    Implementation,
+    ScheduledConfig,
+    default_scale,
+)
 from polyattn.discovery import RegisteredBackend, registry
 from polyattn.errors import BackendUnavailableError, InputError
 from polyattn.inputs import request_of, view_mask
@@ -30,6 +36,10 @@ __all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
 
 # Distinct decisions kept; a service with ever-changing lengths starts over instead of growing.
 MAXIMUM_DECISIONS = 8192
+
+# Looked up once: both are asked on every call.
+_is_grad_enabled = torch.is_grad_enabled
+_forced = settings.forced
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -88,8 +98,9 @@ def _call_site_from_text(text: str) -> CallSite:
 class _Decision:
     """A selection bound to its implementation, and what every call with it shares."""
 
-    __slots__ = ("_report", "_row", "checked", "dense", "implementation", "mask_kind", "role",
-                 "scale", "schedule", "selection", "shape")
+    __slots__ = ("checked", "dense", "implementation", "last_phase", "last_report", "last_row",
+                 "mask_kind", "plain_call", "role", "scale", "schedule", "selection",
+                 "shape")  # fmt: skip
 
     def __init__(
         self,
@@ -97,32 +108,87 @@ class _Decision:
         implementation: Implementation,
         schedule: ScheduledConfig | None,
         dense: _Decision | None,
-        request: Any,
+        request: AttentionRequest,
     ) -> None:
+        assert request.head_dim is not None
         self.selection = selection
         self.implementation = implementation
         self.schedule = schedule
         self.dense = dense
         self.role = request.role
         self.mask_kind = request.mask
-        self.scale = default_scale(request.head_dim) if request.scale is None else request.scale
+        self.scale = request.scale if request.scale is not None else default_scale(request.head_dim)
         self.shape = (
             f"B={request.batch} Sq={request.query_length} Sk={request.key_length} "
             f"H={request.heads} D={request.head_dim} {request.dtype}"
         )
+        # One object serves every call that carries nothing of its own.
+        self.plain_call = AttentionCall(
+            request.is_causal,
+            self.scale,
+            enable_gqa=request.heads != request.kv_heads,
+            return_lse=request.needs_lse,
+        )
         self.checked = False
-        self._report: Report | None = None
-        self._row: Row | None = None
+        self.last_report: Report | None = None
+        self.last_row: Row | None = None
+        self.last_phase: str | None = None
 
-    def row(self, report: Report, phase: str | None) -> Row:
+    def call(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        enable_gqa: bool,
+        return_lse: bool,
+        extras: Mapping[str, torch.Tensor] | None,
+        context: ForwardContext | None = None,
+    ) -> AttentionCall:
+        return AttentionCall(
+            is_causal,
+            self.scale,
+            None if mask is None else view_mask(mask, q, k),
+            self.mask_kind,
+            enable_gqa,
+            return_lse,
+            context,
+            extras or {},
+        )
+
+    def row(self, phase: str | None) -> Row:
         """The report row of this decision, kept for the report that was last written to."""
-        if report is not self._report or self._row is None or not self._row.calls:
-            why = self.selection.why if phase is None else f"{phase} of {self.selection.requested}"
+        report = current_report()
+        row = self.last_row
+        if row is None or report is not self.last_report or phase != self.last_phase:
             chosen = self.selection
-            make = Row(self.role, chosen.requested, chosen.chosen, chosen.source, why, self.shape)
-            key = (make.role, make.requested, make.used, make.source, why, make.shape)
-            self._row, self._report = report.row(key, make), report
-        return self._row
+            why = chosen.why if phase is None else f"{phase} of {chosen.requested}"
+            row = Row(self.role, chosen.requested, chosen.chosen, chosen.source, why, self.shape)
+            key = (row.role, row.requested, row.used, row.source, row.why, row.shape)
+            row = report.row(key, row)
+            self.last_row, self.last_report, self.last_phase = row, report, phase
+        return row
+
+    def check_result(self, result: Any, q: torch.Tensor, return_lse: bool) -> None:
+        """Hold the first result of an implementation against the contract."""
+        if self.checked:
+            return
+        out, lse = result if return_lse and isinstance(result, tuple) else (result, None)
+        problem = None
+        if not isinstance(out, torch.Tensor) or (return_lse and lse is None):
+            problem = f"returned {type(result).__name__}"
+        elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
+            problem = f"returned {list(out.shape)} {out.dtype} on {out.device}"
+        elif lse is not None and (
+            lse.shape != (q.shape[0], q.shape[2], q.shape[1]) or lse.dtype != torch.float32
+        ):
+            problem = f"returned a log-sum-exp of {list(lse.shape)} {lse.dtype}"
+        if problem is not None:
+            raise BackendUnavailableError(
+                f"the backend {self.selection.chosen!r} broke its contract: it {problem} for q "
+                f"{list(q.shape)} {q.dtype}; please report it to the plugin's author"
+            )
+        self.checked = True
 
 
 _decisions: dict[Any, _Decision] = {}
@@ -239,11 +305,15 @@ def attend(
     """:func:`attention` for a known call site. Eager only: the operator below calls it too."""
     context = current_context()
     try:
+        shape, dtype, device = q.shape, q.dtype, q.device
+        same = k.shape == shape and v.shape == shape
+        if not (k.dtype is dtype and v.dtype is dtype and k.device == device == v.device):
+            raise TypeError  # mixed: the checks say what is wrong
         key: Any = (
-            site, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device,
-            v.device, q.layout, k.layout, v.layout, is_causal, scale, enable_gqa, return_lse,
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            settings._settings, settings.forced(),
+            site, shape if same else (shape, k.shape, v.shape), dtype, device, is_causal, scale,
+            enable_gqa, return_lse,
+            _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            settings._settings, _forced(),
             None if context is None else (context.role, context.grid, context.text),
             None if mask is None else (mask.shape, mask.dtype, mask.device),
             None if not extras else tuple(extras),
@@ -252,41 +322,69 @@ def attend(
     except (TypeError, AttributeError):
         key = decision = None  # not tensors, or not hashable: the checks say what is wrong
     if decision is None:
+        before = settings._settings
         decision = _decide(
             site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, context
         )
-        if len(_decisions) >= MAXIMUM_DECISIONS:
-            _decisions.clear()
-        # The look-up may have been made before the settings were first read.
-        if key is not None and key[18] is settings._settings:
+        # The look-up may have come before the settings were first read; then it is made again.
+        if key is not None and before is settings._settings:
+            if len(_decisions) >= MAXIMUM_DECISIONS:
+                _decisions.clear()
             _decisions[key] = decision
-    if site.role is not None or site.layer is not None:
-        context = _at_site(context, site)
+    if context is not None or site.layer is not None:
+        return _attend_in_context(
+            decision, _at_site(context, site), q, k, v, mask, is_causal, enable_gqa, return_lse,
+            extras,
+        )  # fmt: skip
+    if decision.schedule is not None:
+        dense_phase(decision.schedule, None)  # says what the schedule lacks
+    if mask is None and not extras:
+        call = decision.plain_call
+    else:
+        call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras)
+    result = decision.implementation(q, k, v, call)
+    row = decision.last_row
+    if row is not None and decision.last_report is current_report():
+        if row.last_facts is call.facts:
+            row.calls += 1
+            return result
+        row.count(None, call.facts)
+        return result
+    decision.check_result(result, q, return_lse)
+    decision.row(None).count(None, call.facts)
+    return result
+
+
+def _attend_in_context(
+    decision: _Decision,
+    context: ForwardContext,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    return_lse: bool,
+    extras: Mapping[str, torch.Tensor] | None,
+) -> Output:
+    """The call where step, layer or grid are known: schedules apply, and the report says where."""
     phase = None
     if decision.schedule is not None:
         _refuse_frozen_schedule(decision)
         phase = dense_phase(decision.schedule, context)
         if phase is not None and decision.dense is not None:
             decision = decision.dense
-    call = AttentionCall(
-        is_causal,
-        decision.scale,
-        None if mask is None else view_mask(mask, q, k),
-        decision.mask_kind,
-        enable_gqa,
-        return_lse,
-        context,
-        extras or {},
-    )
+    call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras, context)
     result = decision.implementation(q, k, v, call)
-    if not decision.checked:
-        _check_result(decision, result, q, return_lse)
-    decision.row(current_report(), phase).count(context, call.facts)
+    decision.check_result(result, q, return_lse)
+    decision.row(phase).count(context, call.facts)
     return result
 
 
 def _at_site(context: ForwardContext | None, site: CallSite) -> ForwardContext:
-    context = context or ForwardContext()
+    """The context as seen from a layer that knows its own role and place."""
+    if context is None:
+        context = ForwardContext()
     role = site.role or context.role
     layer = context.layer if site.layer is None else site.layer
     if role == context.role and layer == context.layer:
@@ -354,26 +452,6 @@ def _decide(
         return _Decision(chosen, implementation, schedule, dense, request)
 
     return build(selection, build(partner, None) if partner is not None else None)
-
-
-def _check_result(decision: _Decision, result: Any, q: torch.Tensor, return_lse: bool) -> None:
-    """Hold the first result of an implementation against the contract."""
-    out, lse = result if return_lse and isinstance(result, tuple) else (result, None)
-    problem = None
-    if not isinstance(out, torch.Tensor) or (return_lse and lse is None):
-        problem = f"returned {type(result).__name__}"
-    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
-        problem = f"returned {list(out.shape)} {out.dtype} on {out.device}"
-    elif lse is not None and (
-        lse.shape != (q.shape[0], q.shape[2], q.shape[1]) or lse.dtype != torch.float32
-    ):
-        problem = f"returned a log-sum-exp of {list(lse.shape)} {lse.dtype}"
-    if problem is not None:
-        raise BackendUnavailableError(
-            f"the backend {decision.selection.chosen!r} broke its contract: it {problem} for q "
-            f"{list(q.shape)} {q.dtype}; please report it to the plugin's author"
-        )
-    decision.checked = True
 
 
 def _refuse_frozen_schedule(decision: _Decision) -> None:
@@ -496,7 +574,7 @@ def _backward_operator(
     grid: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients by running the forward again with gradients on: one more forward, any kernel."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _recording_autograd():
         q, k, v = (each.detach().requires_grad_() for each in (q, k, v))
         out = _attend_as_operator(
             site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, False, grid
@@ -504,6 +582,16 @@ def _backward_operator(
         assert isinstance(out, torch.Tensor)
         gradients = torch.autograd.grad(out, (q, k, v), grad)
     return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
+
+
+def _recording_autograd() -> Any:
+    """Inside an operator's body torch has autograd switched off below the grad mode; switch it on."""
+    core: Any = torch._C
+    autograd = core.DispatchKeySet(core.DispatchKey.AutogradFunctionality)
+    included = core._dispatch_tls_local_include_set()
+    return core._ForceDispatchKeyGuard(
+        included, core._dispatch_tls_local_exclude_set() - autograd
+    )
 
 
 @_backward_operator.register_fake

@@ -32,6 +32,7 @@ class Row:
     steps: set[int] = field(default_factory=set)
     layers: set[int] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)
+    last_facts: Mapping[str, Any] | None = None
 
     def count(self, context: ForwardContext | None, facts: Mapping[str, Any] | None) -> None:
         """Add one call. Numbers in ``facts`` are averaged over calls, other values collected."""
@@ -41,8 +42,9 @@ class Row:
                 self.steps.add(context.step)
             if context.layer is not None:
                 self.layers.add(context.layer)
-        if facts:
-            for name, value in facts.items():
+        if facts is not self.last_facts:
+            self.last_facts = facts
+            for name, value in (facts or {}).items():
                 self._add_fact(name, value)
 
     def _add_fact(self, name: str, value: Any) -> None:
