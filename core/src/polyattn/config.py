@@ -105,7 +105,9 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply (at most {MAXIMUM_DEPTH} levels)") from None
+        raise ConfigError(
+            f"{where} is nested too deeply (at most {MAXIMUM_DEPTH} levels)"
+        ) from None
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -115,10 +117,10 @@ def _parse_json(text: str, where: str) -> Any:
 class _PlainLoader(yaml.SafeLoader):
     """YAML restricted to plain data: core-schema scalars; no tags, anchors or duplicate keys."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own convention
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise yaml.YAMLError(f"anchors and aliases are not accepted (line {_line(event)})")
         if getattr(event, "tag", None) is not None:
@@ -171,9 +173,11 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, Loader=_PlainLoader)
     except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply (at most {MAXIMUM_DEPTH} levels)") from None
+        raise ConfigError(
+            f"{where} is nested too deeply (at most {MAXIMUM_DEPTH} levels)"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"{where} is not plain YAML: {detail}") from None
@@ -193,7 +197,9 @@ def _parse_pairs(text: str) -> dict[str, Any]:
                 hint=EXAMPLE,
             )
         if not value_text:
-            raise ConfigError(f"the key {key!r} in {text!r} has no value; for none write {key}=null")
+            raise ConfigError(
+                f"the key {key!r} in {text!r} has no value; for none write {key}=null"
+            )
         _store(result, key, _parse_value(key, value_text))
     return _plain_mapping(result, "the key=value text")
 
@@ -232,7 +238,8 @@ def _parse_value(key: str, text: str) -> Any:
     # A bare value is one scalar, whatever it contains ("C:x", "a: b"), not a document.
     loader = _PlainLoader("")
     try:
-        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        resolve: Any = loader.resolve
+        tag = resolve(yaml.ScalarNode, text, (True, False))
         return loader.construct_object(yaml.ScalarNode(tag, text))
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"cannot read the value {text[:60]!r} of {key!r}: {error}") from None
@@ -308,7 +315,9 @@ def per_backend(config: Mapping[str, Any], registry: Registry) -> dict[str, dict
     for key, parameters in config.items():
         name, implied = registry.aliases.get(key, (key, {}))
         if name in result:
-            raise ConfigError(f"the configuration names the backend {name!r} twice (also as {key!r})")
+            raise ConfigError(
+                f"the configuration names the backend {name!r} twice (also as {key!r})"
+            )
         result[name] = _merge(dict(implied), parameters, key)
     return result
 

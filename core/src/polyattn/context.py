@@ -18,7 +18,14 @@ from typing import Any
 from polyattn.contract import ScheduledConfig, TextSpan
 from polyattn.errors import InputError
 
-__all__ = ["ForwardContext", "RunState", "current_context", "dense_phase", "forward_context"]
+__all__ = [
+    "ForwardContext",
+    "RunState",
+    "current_context",
+    "dense_phase",
+    "entered",
+    "forward_context",
+]
 
 RunState = MutableMapping[tuple[Any, ...], MutableMapping[str, Any]]
 
@@ -74,7 +81,7 @@ def forward_context(
     methods learn is kept until it ends. Raises :class:`~polyattn.errors.InputError` for values that
     cannot be, e.g. a step beyond ``num_steps``.
     """
-    given = {
+    given: dict[str, Any] = {
         name: value
         for name, value in (
             ("step", step),
@@ -92,6 +99,13 @@ def forward_context(
     outer = _current.get()
     context = replace(outer, **given) if outer is not None else ForwardContext(**given)
     _check(context)
+    with entered(context):
+        yield context
+
+
+@contextlib.contextmanager
+def entered(context: ForwardContext) -> Iterator[ForwardContext]:
+    """Make ``context`` the current one as it is: for whoever keeps a run's state over calls."""
     token = _current.set(context)
     try:
         yield context
@@ -149,16 +163,16 @@ def dense_phase(config: ScheduledConfig, context: ForwardContext | None) -> str 
         wanted: int | float = getattr(config, option)
         if not wanted:
             continue
-        index = getattr(context, index_name) if context is not None else None
-        total = getattr(context, total_name) if context is not None else None
-        missing = index_name if index is None else total_name if total is None else None
-        if missing == index_name or (missing and isinstance(wanted, float)):
+        index: int | None = getattr(context, index_name, None)
+        total: int | None = getattr(context, total_name, None)
+        share = isinstance(wanted, float)
+        if index is None or (share and total is None):
             raise InputError(
-                f"{option}={wanted} needs to know the {missing}, and the forward context does not "
-                "say it",
+                f"{option}={wanted} needs to know the {index_name if index is None else total_name}"
+                ", and the forward context does not say it",
                 hint=f"with polyattn.forward_context({index_name}=i, {total_name}=n): ...",
             )
-        count = math.floor(wanted * total) if isinstance(wanted, float) else wanted
+        count = math.floor(wanted * total) if share and total is not None else wanted
         if index < count:
             return option
     return None

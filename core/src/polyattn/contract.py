@@ -289,8 +289,9 @@ class BackendSpec(BaseModel):
     ``probe_platform`` and ``probe_availability`` take an :class:`Environment` and return reasons
     (empty = fine); by default they follow from ``capabilities`` and from the version ranges in the
     plugin's own metadata. ``probe_request(request, config, environment)`` adds reasons that hang on
-    the parameters, beyond what the capabilities declare. ``falls_back_to`` names the backend that serves instead when this one's
-    runtime is not installed. Among exact backends, the highest ``priority`` is chosen first.
+    the parameters, beyond what the capabilities declare. ``falls_back_to`` names the backend that
+    serves instead when this one's runtime is not installed. Among exact backends, the highest
+    ``priority`` is chosen first. ``footnotes`` maps platforms to remarks for the support matrix.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", arbitrary_types_allowed=True)

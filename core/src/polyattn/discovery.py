@@ -77,7 +77,12 @@ class Registry:
 @functools.lru_cache(maxsize=1)
 def registry() -> Registry:
     """The plugins of this process, discovered once."""
-    return discover(importlib_metadata.entry_points(group=hooks.ENTRY_POINT_GROUP))
+    return discover(installed_entry_points())
+
+
+def installed_entry_points() -> Iterable[Any]:
+    """The entry points plugins publish; :mod:`polyattn.testing` puts others in their place."""
+    return importlib_metadata.entry_points(group=hooks.ENTRY_POINT_GROUP)
 
 
 def discover(entry_points: Iterable[Any]) -> Registry:
@@ -165,7 +170,10 @@ class _Loader:
             return
         impls = [
             impl
-            for caller in (self.manager.hook.polyattn_backends, self.manager.hook.polyattn_accelerator)
+            for caller in (
+                self.manager.hook.polyattn_backends,
+                self.manager.hook.polyattn_accelerator,
+            )
             for impl in caller.get_hookimpls()
             if impl.plugin is plugin
         ]

@@ -2,9 +2,9 @@
 
 A decision is made once per distinct combination of shapes, dtypes, devices, arguments, settings and
 context, and then found again by one dictionary look-up; everything else here is checked on the way
-to making it. Under ``torch.compile`` the whole call is one opaque operator, ``polyattn::attention``,
-which makes the same look-up when it runs: the forward context is read inside it, so one graph serves
-every step of a run.
+to making it. Under ``torch.compile`` the call is one opaque operator, ``polyattn::attention``, which
+makes the same look-up when it runs: the forward context is read inside it, so one graph serves every
+step of a run.
 """
 
 from __future__ import annotations
@@ -252,10 +252,9 @@ def attention(
 ) -> Output:
     """Scaled dot-product attention: softmax(scale * q k^T + mask) v.
 
-    ``q`` is ``[B, Sq, H, D]``; ``k`` and ``v`` are ``[B, Sk, Hkv, D]`` of the same dtype and device,
-    with Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype;
-    with ``return_lse=True`` also the natural log-sum-exp ``[B, H, Sq]`` in float32, which carries no
-    gradient.
+    ``q`` is ``[B, Sq, H, D]``; ``k`` and ``v`` are ``[B, Sk, Hkv, D]``, dtype and device alike, with
+    Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype; with
+    ``return_lse=True`` also the natural log-sum-exp ``[B, H, Sq]`` in float32, without a gradient.
 
     ``backend`` names a backend (None or ``"auto"``: selection decides) and ``config`` holds its
     parameters, in any form :func:`polyattn.load_config` reads. ``attn_mask`` is boolean (True = may
@@ -270,8 +269,17 @@ def attention(
     """
     if torch.compiler.is_compiling():
         return _traced(
-            _constant_site(backend, config), q, k, v, attn_mask, is_causal, scale, enable_gqa,
-            return_lse, grid, extras,
+            _constant_site(backend, config),
+            q,
+            k,
+            v,
+            attn_mask,
+            is_causal,
+            scale,
+            enable_gqa,
+            return_lse,
+            grid,
+            extras,
         )
     if config is None:
         try:
@@ -466,7 +474,7 @@ def _refuse_frozen_schedule(decision: _Decision) -> None:
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_site(backend: Any, config: Any) -> str:
     return call_site(backend, config).text
 
@@ -487,7 +495,8 @@ def _traced(
     names = sorted(extras) if extras else []
     tensors = [extras[name] for name in names] if extras else []
     out, lse = _attention_operator(
-        q, k, v, mask, ",".join(names), tensors, site_text, is_causal, scale, enable_gqa, return_lse,
+        q, k, v, mask, ",".join(names), tensors, site_text, is_causal, scale, enable_gqa,
+        return_lse,
         list(grid) if grid is not None else None,
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -573,7 +582,7 @@ def _backward_operator(
     enable_gqa: bool,
     grid: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients by running the forward again with gradients on: one more forward, any kernel."""
+    """The gradients, by running the forward once more with gradients on: right for any kernel."""
     with torch.enable_grad(), _recording_autograd():
         q, k, v = (each.detach().requires_grad_() for each in (q, k, v))
         out = _attend_as_operator(
@@ -585,13 +594,11 @@ def _backward_operator(
 
 
 def _recording_autograd() -> Any:
-    """Inside an operator's body torch has autograd switched off below the grad mode; switch it on."""
+    """Switch on what records gradients: inside an operator's body torch has it switched off."""
     core: Any = torch._C
     autograd = core.DispatchKeySet(core.DispatchKey.AutogradFunctionality)
     included = core._dispatch_tls_local_include_set()
-    return core._ForceDispatchKeyGuard(
-        included, core._dispatch_tls_local_exclude_set() - autograd
-    )
+    return core._ForceDispatchKeyGuard(included, core._dispatch_tls_local_exclude_set() - autograd)
 
 
 @_backward_operator.register_fake

@@ -180,7 +180,10 @@ def _torch_build() -> dict[str, str | None]:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
-    spec = find_spec("torch")
+    try:
+        spec = find_spec("torch")
+    except ValueError:  # a module of that name without a spec: not an installed torch
+        spec = None
     if spec is None or spec.origin is None:
         return {}
     facts: dict[str, str | None] = {}

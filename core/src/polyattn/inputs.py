@@ -182,22 +182,20 @@ def mask_kind(mask: Any, q: torch.Tensor, k: torch.Tensor) -> MaskKind:
                 hint=f"attn_mask.to(torch.{dtype_name(q.dtype)})",
             )
         raise InputError(
-            f"attn_mask is boolean (True = may attend) or additive, found "
-            f"{dtype_name(mask.dtype)}",
+            f"attn_mask is boolean (True = may attend) or additive, found {dtype_name(mask.dtype)}",
             hint="attn_mask.bool()",
         )
     if mask.device != q.device:
         raise InputError(
             f"attn_mask is on {mask.device}, q on {q.device}", hint="attn_mask.to(q.device)"
         )
-    if mask.dim() == 2 and mask.dtype is torch.bool and mask.shape[0] in (batch, queries):
-        if mask.shape == (batch, keys) and batch == queries and batch > 1:
-            raise InputError(
-                f"a boolean attn_mask of shape {_shape(mask)} is ambiguous, because B and Sq are "
-                f"both {batch}: it could hide keys per batch item or per query",
-                hint="attn_mask[:, None, None, :] (per batch item), attn_mask[None, None] "
-                "(per query)",
-            )
+    per_item_or_query = mask.shape == (batch, keys) and batch == queries and batch > 1
+    if per_item_or_query and mask.dtype is torch.bool:
+        raise InputError(
+            f"a boolean attn_mask of shape {_shape(mask)} is ambiguous, because B and Sq are both "
+            f"{batch}: it could hide keys per batch item or per query",
+            hint="attn_mask[:, None, None, :] (per item), attn_mask[None, None] (per query)",
+        )
     shape = view_mask(mask, q, k).shape if mask.dim() <= 4 else None
     fits = shape is not None and all(
         side in (1, wanted) for side, wanted in zip(shape, full, strict=True)

@@ -18,8 +18,8 @@ class LocalAttention(torch.nn.Module):
 
     ``backend`` and ``config`` are this layer's own wishes (None: selection decides), ``role`` and
     ``layer`` tell where it sits in its model, and ``required_backend`` pins a backend without which
-    the layer would be wrong: whatever contradicts it is an error. Called with q ``[B, Sq, H, D]`` and
-    k, v ``[B, Sk, Hkv, D]``; returns what :func:`polyattn.attention` returns. Works under
+    the layer would be wrong: whatever contradicts it is an error. Called with q ``[B, Sq, H, D]``
+    and k, v ``[B, Sk, Hkv, D]``; returns what :func:`polyattn.attention` returns. Works under
     ``torch.compile(fullgraph=True)`` and does not recompile from step to step.
     """
 

@@ -153,7 +153,9 @@ def select(
         try:
             request = AttentionRequest(**needs)
         except TypeError as error:
-            raise InputError(f"select: {error}".replace("AttentionRequest.__init__()", "")) from None
+            raise InputError(
+                f"select: {error}".replace("AttentionRequest.__init__()", "")
+            ) from None
     elif needs:
         raise InputError(f"select takes a request or its fields, found both: {', '.join(needs)}")
     environment = environment or local_environment(request.device)
@@ -185,9 +187,7 @@ def select(
             )
     if on_unavailable == "fallback":
         why = f"{chosen.name} cannot run here and fallback is allowed: {_joined(reasons)}"
-        return _logged(
-            _automatic(request, environment, {}, requested, source, why, (refused,))
-        )
+        return _logged(_automatic(request, environment, {}, requested, source, why, (refused,)))
     raise _unavailable(requested, source, refused, request, environment)
 
 
@@ -322,15 +322,14 @@ def _dense_partner(
         reasons.append(Reason(code="kind", message="is itself a sparse backend"))
     if reasons:
         refused = Candidate(name=partner.name, reasons=tuple(reasons))
-        raise _unavailable(partner.name, f"dense_backend of {chosen.name}", refused, request,
-                           environment)
+        raise _unavailable(
+            partner.name, f"dense_backend of {chosen.name}", refused, request, environment
+        )
     why = f"dense_backend of {chosen.name}"
     return _selection(partner, defaults, request, environment, chosen.name, "call", why)
 
 
-def _parameters(
-    chosen: RegisteredBackend, asked_as: str, given: Mapping[str, Any]
-) -> BaseModel:
+def _parameters(chosen: RegisteredBackend, asked_as: str, given: Mapping[str, Any]) -> BaseModel:
     """The chosen backend's parameters: the call's own, or else the process-wide ones."""
     source = "the configuration"
     nested = per_backend(given, registry()) if given else None
@@ -369,7 +368,7 @@ def _joined(reasons: Any) -> str:
 
 
 def _words(request: AttentionRequest) -> str:
-    parts = [f"{request.role} attention"]
+    parts = [f"{request.role}-attention"]
     if request.dtype:
         parts.append(request.dtype)
     if request.head_dim:

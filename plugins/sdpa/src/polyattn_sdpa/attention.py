@@ -1,6 +1,6 @@
 """``torch_sdpa``: attention by torch's own kernels, to the letter of polyattn's contract.
 
-What torch leaves open is settled here. A query that sees no key gives zeros (torch's kernels differ:
+What torch leaves open is settled here. A query that sees no key gives zeros (torch's kernels give
 NaN, zeros, or a mean of all values). Causal attention of unequal lengths is aligned to the bottom
 right (torch aligns to the top left). Keys behind a key-padding mask may hold NaN. The log-sum-exp
 comes from the fused kernel where torch has one that returns it, and is computed exactly otherwise.
@@ -41,7 +41,9 @@ Fused = Callable[
 ]
 
 
-def build(config: SdpaConfig, request: AttentionRequest, environment: Environment) -> Implementation:
+def build(
+    config: SdpaConfig, request: AttentionRequest, environment: Environment
+) -> Implementation:
     """The implementation for one request; the kernel is chosen here, once."""
     choice = choose(request, config, environment)
     kernel = choice.kernel
@@ -61,9 +63,7 @@ def _lse_kernel(request: AttentionRequest, environment: Environment) -> str:
 class TorchSdpa:
     """One request's attention; see :class:`polyattn.contract.Implementation`."""
 
-    def __init__(
-        self, kernel: str, why: str, request: AttentionRequest, *, on_cpu: bool
-    ) -> None:
+    def __init__(self, kernel: str, why: str, request: AttentionRequest, *, on_cpu: bool) -> None:
         self.kernel = kernel
         self.why = why
         self.fused = _fused_kernel(kernel, on_cpu)
@@ -152,19 +152,27 @@ class TorchSdpa:
         if self.kernel != "default":
             return self.kernel
         try:
-            picked = torch._fused_sdp_choice(  # type: ignore[attr-defined]
-                q, k, v, mask, 0.0, call.is_causal and not self.aligned_mask,
-                scale=call.scale, enable_gqa=call.enable_gqa,
-            )  # fmt: skip
+            picked = torch._fused_sdp_choice(
+                q,
+                k,
+                v,
+                mask,
+                0.0,
+                call.is_causal and not self.aligned_mask,
+                scale=call.scale,
+                enable_gqa=call.enable_gqa,
+            )
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             return "torch default"
-        names = {
-            int(SDPBackend.MATH): "math",
-            int(SDPBackend.FLASH_ATTENTION): "flash",
-            int(SDPBackend.EFFICIENT_ATTENTION): "efficient",
-            int(SDPBackend.CUDNN_ATTENTION): "cudnn",
-        }
-        return names.get(picked, "torch default")
+        return _TORCH_NAMES.get(SDPBackend(picked), "torch default")
+
+
+_TORCH_NAMES = {
+    SDPBackend.MATH: "math",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "efficient",
+    SDPBackend.CUDNN_ATTENTION: "cudnn",
+}
 
 
 def _and_causal(
@@ -224,8 +232,12 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _fused_kernel(kernel: str, on_cpu: bool) -> Fused | None:
     if kernel == "default":
         return None
-    return {"flash": _flash_cpu if on_cpu else _flash, "cudnn": _cudnn,
-            "efficient": _efficient, "math": _math}[kernel]
+    return {
+        "flash": _flash_cpu if on_cpu else _flash,
+        "cudnn": _cudnn,
+        "efficient": _efficient,
+        "math": _math,
+    }[kernel]
 
 
 def _flash(

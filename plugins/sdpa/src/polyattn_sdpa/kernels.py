@@ -83,8 +83,9 @@ def limits_of(kernel: str, request: AttentionRequest, environment: Environment) 
         major, _, minor = environment.arch.partition(".")
         if (int(major), int(minor or 0)) < limits.minimum_arch:
             need = ".".join(map(str, limits.minimum_arch))
-            refuse("compute-capability", f"needs compute capability {need}, found "
-                   f"{environment.arch}")
+            refuse(
+                "compute-capability", f"needs compute capability {need}, found {environment.arch}"
+            )
     on_cpu = platform == "cpu"  # torch's CPU flash kernel has none of the GPU kernels' limits
     if on_cpu:
         return reasons
@@ -95,14 +96,20 @@ def limits_of(kernel: str, request: AttentionRequest, environment: Environment) 
     if request.head_dim is not None:
         step = limits.head_dim_multiple.get(dtype or "bfloat16", 1)
         if request.head_dim > limits.maximum_head_dim or request.head_dim % step:
-            refuse("head-dim", f"takes head dimensions up to {limits.maximum_head_dim} in steps of "
-                   f"{step}, found {request.head_dim}")
+            refuse(
+                "head-dim",
+                f"takes head dimensions up to {limits.maximum_head_dim} in steps of "
+                f"{step}, found {request.head_dim}",
+            )
     if not limits.masks:
         if request.mask != "none":
             refuse("mask", f"takes no mask, found a {request.mask.replace('_', '-')} mask")
         if request.is_causal and request.query_length != request.key_length:
-            refuse("causal", "is causal for equal lengths only; bottom-right alignment of "
-                   f"{request.query_length} queries to {request.key_length} keys needs a mask")
+            refuse(
+                "causal",
+                "is causal for equal lengths only; bottom-right alignment of "
+                f"{request.query_length} queries to {request.key_length} keys needs a mask",
+            )
     return reasons
 
 
@@ -132,6 +139,8 @@ def choose(request: AttentionRequest, config: SdpaConfig, environment: Environme
     if environment.platform == "cuda" and environment.arch in ("9.0",):
         lengths = (request.query_length or 0, request.key_length or 0)
         if min(lengths) >= 512 and not limits_of("cudnn", request, environment):
-            return Choice("cudnn", "the fastest of torch's kernels measured on compute capability "
-                          "9.0 from 512 tokens")
+            return Choice(
+                "cudnn",
+                "the fastest of torch's kernels measured on compute capability 9.0 from 512 tokens",
+            )
     return Choice("default", "torch's own choice")

@@ -1,0 +1,17 @@
+"""torch_sdpa against the conformance kit, with torch's choice of kernel and with named kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from polyattn.testing import BackendConformance
+
+
+class TestTorchSdpa(BackendConformance):
+    """Every kernel that takes all that torch_sdpa declares is held to the same numbers."""
+
+    backend = "torch_sdpa"
+    configs = ({}, {"kernel": "math"})
+
+    if not torch.cuda.is_available():
+        configs = (*configs, {"kernel": "flash"})
