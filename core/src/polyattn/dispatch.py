@@ -2,9 +2,9 @@
 
 A decision is made once per distinct combination of shapes, dtypes, devices, arguments, settings and
 context, and then found again by one dictionary look-up; everything else here is checked on the way
-to making it. Under ``torch.compile`` the call is one opaque operator, ``polyattn::attention``, which
-makes the same look-up when it runs: the forward context is read inside it, so one graph serves every
-step of a run.
+to making it. Under ``torch.compile`` the call is one opaque operator, ``polyattn::attention``,
+which makes the same look-up when it runs: the forward context is read inside it, so one graph
+serves every step of a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from polyattn.contract import (
 from polyattn.discovery import RegisteredBackend, registry
 from polyattn.errors import BackendUnavailableError, InputError
 from polyattn.inputs import request_of, view_mask
-from polyattn.reporting import Report, Row, current_report
+from polyattn.reporting import Row, current_report
 from polyattn.selection import Scope, Selection, load_factory, local_environment, select
 
 __all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
@@ -98,7 +98,7 @@ def _call_site_from_text(text: str) -> CallSite:
 class _Decision:
     """A selection bound to its implementation, and what every call with it shares."""
 
-    __slots__ = ("checked", "dense", "implementation", "last_phase", "last_report", "last_row",
+    __slots__ = ("checked", "dense", "implementation", "last_phase", "last_epoch", "last_row",
                  "mask_kind", "plain_call", "role", "scale", "schedule", "selection",
                  "shape")  # fmt: skip
 
@@ -130,7 +130,7 @@ class _Decision:
             return_lse=request.needs_lse,
         )
         self.checked = False
-        self.last_report: Report | None = None
+        self.last_epoch: object = None
         self.last_row: Row | None = None
         self.last_phase: str | None = None
 
@@ -160,13 +160,13 @@ class _Decision:
         """The report row of this decision, kept for the report that was last written to."""
         report = current_report()
         row = self.last_row
-        if row is None or report is not self.last_report or phase != self.last_phase:
+        if row is None or report.epoch is not self.last_epoch or phase != self.last_phase:
             chosen = self.selection
             why = chosen.why if phase is None else f"{phase} of {chosen.requested}"
             row = Row(self.role, chosen.requested, chosen.chosen, chosen.source, why, self.shape)
             key = (row.role, row.requested, row.used, row.source, row.why, row.shape)
             row = report.row(key, row)
-            self.last_row, self.last_report, self.last_phase = row, report, phase
+            self.last_row, self.last_epoch, self.last_phase = row, report.epoch, phase
         return row
 
     def check_result(self, result: Any, q: torch.Tensor, return_lse: bool) -> None:
@@ -252,8 +252,8 @@ def attention(
 ) -> Output:
     """Scaled dot-product attention: softmax(scale * q k^T + mask) v.
 
-    ``q`` is ``[B, Sq, H, D]``; ``k`` and ``v`` are ``[B, Sk, Hkv, D]``, dtype and device alike, with
-    Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype; with
+    ``q`` is ``[B, Sq, H, D]``; ``k`` and ``v`` are ``[B, Sk, Hkv, D]``, alike in dtype and device,
+    with Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype; with
     ``return_lse=True`` also the natural log-sum-exp ``[B, H, Sq]`` in float32, without a gradient.
 
     ``backend`` names a backend (None or ``"auto"``: selection decides) and ``config`` holds its
@@ -352,7 +352,7 @@ def attend(
         call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras)
     result = decision.implementation(q, k, v, call)
     row = decision.last_row
-    if row is not None and decision.last_report is current_report():
+    if row is not None and decision.last_epoch is current_report().epoch:
         if row.last_facts is call.facts:
             row.calls += 1
             return result

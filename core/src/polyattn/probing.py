@@ -2,8 +2,8 @@
 
 Four questions, each answered by a list of :class:`~polyattn.contract.Reason` (empty = yes): does
 the platform fit, is what the backend needs installed, can it serve this request, and can it with
-these parameters. The answers follow from the declarations unless a plugin overrides a probe; a probe
-that raises is itself a reason, so nothing here raises to the user.
+these parameters. The answers follow from the declarations unless a plugin overrides a probe; a
+probe that raises is itself a reason, so nothing here raises to the user.
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ class Report:
     def __init__(self) -> None:
         self._rows: dict[tuple[Any, ...], Row] = {}
         self._lock = threading.Lock()
+        # A new object after every clear(): the dispatcher keeps rows between calls, and by this it
+        # sees that they are no longer this report's.
+        self.epoch = object()
 
     def row(self, key: tuple[Any, ...], make: Row) -> Row:
         """The row for a decision; ``make`` is used the first time."""
@@ -93,6 +96,7 @@ class Report:
         """Forget what ran so far."""
         with self._lock:
             self._rows.clear()
+            self.epoch = object()
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Plain data, one mapping per row, ready for JSON."""

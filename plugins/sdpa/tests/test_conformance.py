@@ -11,7 +11,14 @@ class TestTorchSdpa(BackendConformance):
     """Every kernel that takes all that torch_sdpa declares is held to the same numbers."""
 
     backend = "torch_sdpa"
-    configs = ({}, {"kernel": "math"})
+    configs = ({}, {"kernel": "math"}, {"kernel": "flash"})
 
-    if not torch.cuda.is_available():
-        configs = (*configs, {"kernel": "flash"})
+
+class TestTorchSdpaOnCpu(TestTorchSdpa):
+    """The CPU kernels, on a machine whose first choice is a GPU."""
+
+    device = "cpu"
+
+
+if not torch.cuda.is_available():
+    del TestTorchSdpaOnCpu  # the first class runs on the CPU already

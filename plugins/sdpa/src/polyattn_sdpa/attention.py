@@ -74,13 +74,14 @@ class TorchSdpa:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, /
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if self.masked or call.return_lse:
+        if self.masked or call.return_lse or call.scale <= 0:
             return self._general(q, k, v, call)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.facts is None:
             self.facts = {"kernel": self._kernel_name(q, k, v, None, call)}
         call.facts = self.facts
         if self.fused is not None:
+            q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
             out, _ = self.fused(q, k, v, None, call.is_causal, call.scale, False)
         else:
             out = F.scaled_dot_product_attention(
@@ -91,7 +92,12 @@ class TorchSdpa:
     def _general(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Masks and the log-sum-exp."""
+        """Masks, the log-sum-exp, and scales that fused kernels do not survive."""
+        scale = call.scale
+        if scale <= 0:
+            # Torch's GPU kernels find the row's maximum before they scale, which a negative scale
+            # turns into its minimum: exp then overflows. Moving the sign into q is exact.
+            q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
         mask = call.mask
         if mask is not None and call.mask_kind == "key_padding":
             hidden = ~mask[:, 0, 0, :, None, None]
@@ -116,7 +122,8 @@ class TorchSdpa:
         lse = None
         if self.fused is not None:
             bias = _as_bias(mask, q)
-            out, lse = self.fused(q, k, v, bias, is_causal, call.scale, call.return_lse)
+            q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+            out, lse = self.fused(q, k, v, bias, is_causal, scale, call.return_lse)
         else:
             out = F.scaled_dot_product_attention(
                 q,
@@ -124,11 +131,11 @@ class TorchSdpa:
                 v,
                 attn_mask=mask,
                 is_causal=is_causal,
-                scale=call.scale,
+                scale=scale,
                 enable_gqa=call.enable_gqa,
             )
             if call.return_lse:
-                lse = _exact_lse(q, k, mask, is_causal, call.scale)
+                lse = _exact_lse(q, k, mask, is_causal, scale)
         if visible is not None:
             out = out.masked_fill(~visible, 0)
         out = out.transpose(1, 2)
@@ -223,6 +230,11 @@ def _exact_lse(
             )
         parts.append(scores.logsumexp(-1))
     return torch.cat(parts, dim=2)
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """The fused operators read each head's D values as one run of memory, and do not check it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -94,7 +94,7 @@ def limits_of(kernel: str, request: AttentionRequest, environment: Environment) 
     if dtype is not None and dtype not in allowed:
         refuse("dtype", f"takes {' or '.join(allowed)}, found {dtype}")
     if request.head_dim is not None:
-        step = limits.head_dim_multiple.get(dtype or "bfloat16", 1)
+        step = limits.head_dim_multiple.get(dtype, 1) if dtype is not None else 1
         if request.head_dim > limits.maximum_head_dim or request.head_dim % step:
             refuse(
                 "head-dim",
@@ -104,7 +104,8 @@ def limits_of(kernel: str, request: AttentionRequest, environment: Environment) 
     if not limits.masks:
         if request.mask != "none":
             refuse("mask", f"takes no mask, found a {request.mask.replace('_', '-')} mask")
-        if request.is_causal and request.query_length != request.key_length:
+        lengths = (request.query_length, request.key_length)
+        if request.is_causal and None not in lengths and lengths[0] != lengths[1]:
             refuse(
                 "causal",
                 "is causal for equal lengths only; bottom-right alignment of "

@@ -1,0 +1,164 @@
+"""Trying things that may crash, in a process of their own: ``import torch``, one backend.
+
+:func:`run_trial` starts this module as a child and turns whatever becomes of it into a value: an
+answer, an error, a signal, a time-out. The child answers with one marked line of JSON, so nothing
+that a library prints can be taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from polyattn.errors import PolyattnError
+
+if TYPE_CHECKING:
+    import torch
+
+    from polyattn.contract import BackendSpec
+
+__all__ = ["run_trial"]
+
+Data = dict[str, Any]
+
+MARK = "polyattn-trial:"
+SECONDS_TO_WAIT = 180.0
+TRIAL_GRID = (6, 8, 8)  # one tile of the sparse methods that work on tiles
+# Relative error against float64: far above rounding, far below what a wrong kernel gives.
+TOLERANCE = {"exact": 0.03, "quantized": 0.15}
+
+
+def run_trial(*arguments: str, seconds: float = SECONDS_TO_WAIT) -> Data:
+    """Run this module with ``arguments`` in a child; ``status`` is ok, refused or failed."""
+    # A global choice of backend is not what is tried here, and could fail the trial by itself.
+    environment = {key: value for key, value in os.environ.items() if key != "POLYATTN_BACKEND"}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "polyattn.cli.trial", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=seconds,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _failed(f"did not finish within {seconds:g} s")
+    except OSError as error:
+        return _failed(f"cannot start {sys.executable}: {error}")
+    answers = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
+    if answers:
+        answer: Data = json.loads(answers[-1].removeprefix(MARK))
+        return answer
+    lines = child.stderr.strip().splitlines()
+    last_words = f": {lines[-1]}" if lines else ""
+    return _failed(f"{_ending(child.returncode)}{last_words}")
+
+
+def _failed(message: str) -> Data:
+    return {"status": "failed", "message": message}
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"crashed with {signal.Signals(-code).name}"
+    except ValueError:
+        return f"crashed with signal {-code}"
+
+
+def _try_torch() -> Data:
+    start = time.perf_counter()
+    import torch
+
+    seconds = time.perf_counter() - start
+    from polyattn.environment import Environment
+
+    seen = Environment.detect()
+    return {
+        "status": "ok",
+        "message": None,
+        "seconds": round(seconds, 3),
+        "version": str(torch.__version__),
+        "platform": seen.platform,
+        "device": seen.describe(),
+    }
+
+
+def _try_backend(name: str) -> Data:
+    """Load a backend's implementation and run one small attention with it."""
+    from polyattn.naming import backend_named
+
+    spec = backend_named(name).spec
+    pkgutil.resolve_name(spec.implementation)
+
+    import torch
+
+    from polyattn.dispatch import attention
+    from polyattn.selection import local_environment
+
+    platform = local_environment().platform
+    q, k, v = _trial_tensors(spec, "cuda" if platform == "rocm" else platform)
+    grid = TRIAL_GRID if spec.capabilities.needs_grid else None
+    start = time.perf_counter()
+    with torch.no_grad():
+        found = attention(q, k, v, backend=name, grid=grid).double().cpu()
+    seconds = time.perf_counter() - start
+    error = _relative_error(found, q, k, v)
+    limit = TOLERANCE.get(spec.kind)
+    answer: Data = {"status": "ok", "message": None, "seconds": round(seconds, 3)}
+    if not torch.isfinite(found).all():
+        return {**answer, **_failed("gave values that are not finite")}
+    if limit is not None:
+        answer["relative_error"] = float(f"{error:.2g}")
+        if error > limit:
+            answer |= _failed(f"gave wrong numbers: relative error {error:.2g}, allowed {limit}")
+    return answer
+
+
+def _trial_tensors(
+    spec: BackendSpec, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    head_dims = spec.capabilities.head_dims
+    wishes = (64, 128, *head_dims.only, head_dims.minimum, head_dims.maximum)
+    head_dim = next(size for size in wishes if head_dims.admits(size))
+    tokens = TRIAL_GRID[0] * TRIAL_GRID[1] * TRIAL_GRID[2]
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, spec.capabilities.dtypes[0])
+    q, k, v = torch.randn(3, 1, tokens, 2, head_dim, generator=generator).to(device, dtype)
+    return q, k, v
+
+
+def _relative_error(
+    found: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> float:
+    """Distance to attention written out in float64 on the CPU."""
+    q, k, v = (each.double().cpu().transpose(1, 2) for each in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    expected = (weights @ v).transpose(1, 2)
+    return float((found - expected).norm() / expected.norm())
+
+
+def _main(what: str, *names: str) -> None:
+    try:
+        answer = _try_torch() if what == "torch" else _try_backend(*names)
+    except PolyattnError as error:
+        answer = {"status": "refused", "message": str(error)}
+    except Exception as error:
+        answer = _failed(f"{type(error).__name__}: {error}")
+    print(f"\n{MARK}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

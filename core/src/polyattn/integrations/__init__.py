@@ -1,0 +1,1 @@
+"""Bridges that let other libraries' models run on polyattn's backends."""

@@ -1,0 +1,512 @@
+"""Run an unmodified diffusers pipeline on polyattn's backends: :func:`polyattn.apply`.
+
+::
+
+    with polyattn.apply(pipe, backend="auto") as handle:
+        video = pipe(prompt=...)
+    print(handle.report)
+
+Every attention call of the pipeline's denoisers then goes through polyattn, with its layer, role,
+step, guidance branch and token grid; text encoders and VAEs keep their own attention. Projections,
+rotary embeddings, LoRA and offloading stay diffusers' own. Attention modules are assigned one by
+one: diffusers' process-wide backend and other models are not touched, and :meth:`Handle.restore`
+puts everything back as it was. What cannot be bridged is refused before anything changes.
+
+Applying again to the same pipeline nests: the latest handle that is still attached is in force, and
+handles may be restored in any order.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import diffusers  # noqa: F401 - named first, so that its absence is what is reported
+import torch
+
+from polyattn.context import ForwardContext, current_context, entered
+from polyattn.dispatch import CallSite, attend
+from polyattn.errors import BridgeError, InputError
+from polyattn.integrations.families import AttentionPlace, Family, family_of, supported_words
+from polyattn.integrations.registration import (
+    process_wide_backend,
+    registered_member,
+    routed,
+    self_test,
+)
+from polyattn.integrations.runs import CacheContextWatch, RunTracker, announced_for
+from polyattn.integrations.sites import call_sites
+from polyattn.reporting import Report, Row, reporting_to
+
+__all__ = ["Handle", "PipelineReport", "apply"]
+
+logger = logging.getLogger("polyattn")
+
+
+def apply(
+    pipe_or_model: Any,
+    backend: str | None = "auto",
+    *,
+    config: Any = None,
+    cross_backend: str | None = None,
+) -> Handle:
+    """Run the denoisers of a diffusers pipeline, or one such model, on polyattn's backends.
+
+    ``backend`` names a backend for the whole model (``"auto"`` or None: selection decides). A
+    sparse one serves video self-attention and leaves cross-attention dense; ``cross_backend`` names
+    another backend for cross-attention, strictly. ``config`` holds parameters in any form
+    :func:`polyattn.load_config` reads: those of ``backend``, or a mapping from backend name to
+    parameters. Names and parameters are checked here; whether a backend can serve the tensors shows
+    at the first call, since a pipeline may still move to another device.
+
+    Raises :class:`~polyattn.errors.BridgeError` for what cannot be bridged: an unknown family, a
+    compiled model, context parallelism, a diffusers that looks different.
+    """
+    sites = call_sites(backend, config, cross_backend)
+    pipeline, models = _denoisers(pipe_or_model)
+    plans = [_plan(component, model) for component, model in models.items()]
+    member = registered_member()
+    self_test(member)
+    notes = _notes(plans)
+    handle = Handle(plans, sites, _tracker(pipeline), member, notes)
+    for note in notes:
+        logger.info(note)
+    return handle
+
+
+# --- what it applies to ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One denoiser that can be bridged: its name in the pipeline, and its attention modules."""
+
+    component: str
+    model: Any
+    family: Family
+    places: list[AttentionPlace]
+
+
+def _denoisers(subject: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline (None for a bare model), and its denoisers by component name."""
+    if isinstance(subject, torch.nn.Module):
+        return None, {"transformer": subject}
+    components = getattr(subject, "components", None)
+    if not isinstance(components, Mapping):
+        raise InputError(
+            "polyattn.apply takes a diffusers pipeline or one of its models, found "
+            f"{type(subject).__name__}"
+        )
+    denoisers = {
+        name: component
+        for name, component in components.items()
+        if name.startswith("transformer") and isinstance(component, torch.nn.Module)
+    }
+    if not denoisers:
+        modules = [
+            f"{name} ({type(component).__name__})"
+            for name, component in components.items()
+            if isinstance(component, torch.nn.Module)
+        ]
+        raise BridgeError(
+            f"{type(subject).__name__} has no transformer that polyattn could serve; it has "
+            f"{', '.join(modules) or 'no models'}; supported: {supported_words()}"
+        )
+    return subject, denoisers
+
+
+def _plan(component: str, model: Any) -> _Plan:
+    _refuse_compiled(component, model.modules())
+    family = family_of(model)
+    if family is None:
+        raise BridgeError(
+            f"{component} is a {type(model).__name__}, a family polyattn does not serve yet; "
+            f"supported: {supported_words()}"
+        )
+    if getattr(model, "_parallel_config", None) is not None:
+        raise BridgeError(
+            f"{component} has diffusers' context parallelism enabled, which does not go through "
+            "polyattn yet"
+        )
+    places = family.places(model)
+    if not places:
+        raise BridgeError(
+            f"no attention layer found in {component} ({type(model).__name__}): nothing would run "
+            "on polyattn"
+        )
+    for place in places:
+        _check_processor(component, place)
+    return _Plan(component, model, family, places)
+
+
+def _refuse_compiled(component: str, modules: Iterable[Any]) -> None:
+    if any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in modules
+    ):
+        raise BridgeError(
+            f"{component} is compiled with torch.compile, which the diffusers bridge does not "
+            "serve yet: the step would be frozen into the graph",
+            hint="polyattn.apply(...) on the pipeline before anything is compiled",
+        )
+
+
+def _check_processor(component: str, place: AttentionPlace) -> None:
+    processor = getattr(place.module, "processor", None)
+    where = f"{component}.{place.path}"
+    if isinstance(processor, torch.nn.Module) or not hasattr(processor, "_attention_backend"):
+        raise BridgeError(
+            f"{where} has the processor {type(processor).__name__}, which does not let its "
+            "attention backend be chosen",
+            hint=f"{component}.set_attn_processor(...) with diffusers' own processor",
+        )
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise BridgeError(
+            f"{where} has diffusers' context parallelism enabled, which does not go through "
+            "polyattn yet"
+        )
+
+
+def _notes(plans: list[_Plan]) -> tuple[str, ...]:
+    """What of diffusers' own settings is set aside while the handle is attached."""
+    notes = []
+    for plan in plans:
+        earlier = Counter(
+            getattr(backend, "value", backend)
+            for place in plan.places
+            if not isinstance(place.module.processor, _RoutedProcessor)
+            and (backend := place.module.processor._attention_backend) is not None
+        )
+        notes += [
+            f"{count} attention layers of {plan.component} were set to diffusers' backend "
+            f"{backend!r}; handle.restore() puts that back"
+            for backend, count in earlier.items()
+        ]
+    active = process_wide_backend()
+    if active is not None:
+        notes.append(
+            f"diffusers' process-wide backend is {active!r} (DIFFUSERS_ATTN_BACKEND or an earlier "
+            "set_attention_backend); it stays so for everything but these layers"
+        )
+    return tuple(notes)
+
+
+def _tracker(pipeline: Any) -> RunTracker:
+    def schedule() -> Any:
+        return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+
+    def total() -> int | None:
+        count = getattr(pipeline, "num_timesteps", None)
+        if isinstance(count, int) and count > 0:
+            return count
+        timesteps = schedule()
+        return len(timesteps) if timesteps is not None and len(timesteps) else None
+
+    if pipeline is None:
+        return RunTracker(lambda: None, lambda: None)
+    return RunTracker(schedule, total)
+
+
+# --- what runs ------------------------------------------------------------------------------------
+
+
+class _RoutedProcessor:
+    """Stands in for one attention module's processor, and routes its attention to polyattn.
+
+    It calls a copy of the processor that asks diffusers for the backend ``polyattn``; the original
+    is kept untouched for the day it goes back. The last of ``bindings`` is in force; without any,
+    the original runs.
+    """
+
+    def __init__(self, replaced: Any, member: Any) -> None:
+        self.replaced = replaced
+        self.routing = copy.copy(replaced)
+        self.routing._attention_backend = member
+        self.bindings: list[_Binding] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.bindings:
+            return self.replaced(*args, **kwargs)
+        with self.bindings[-1].in_force():
+            return self.routing(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("replaced", "routing", "bindings"):  # not there yet, e.g. while being copied
+            raise AttributeError(name)
+        return getattr(self.replaced, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.replaced, memo)  # a copied model is not attached
+
+    @property
+    def _attention_backend(self) -> Any:
+        return (self.routing if self.bindings else self.replaced)._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, value: Any) -> None:
+        if self.bindings:
+            raise BridgeError(
+                f"this layer runs through polyattn; diffusers cannot set its backend to {value!r}",
+                hint="handle.restore() first, or name the backend in polyattn.apply(pipe, ...)",
+            )
+        self.replaced._attention_backend = value
+
+    @property
+    def _parallel_config(self) -> Any:
+        return getattr(self.replaced, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, value: Any) -> None:
+        if self.bindings and value is not None:
+            raise BridgeError(
+                "diffusers' context parallelism does not go through polyattn yet",
+                hint="handle.restore() before enable_parallelism(...)",
+            )
+        self.replaced._parallel_config = value
+
+
+class _Binding:
+    """One attention module as one handle sees it: its site, its layer and role, its report."""
+
+    def __init__(self, attachment: _Attachment, place: AttentionPlace, site: CallSite) -> None:
+        self.attachment = attachment
+        self.place = place
+        self.site = site
+
+    def in_force(self) -> _InForce:
+        return _InForce(self)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        result = attend(self.site, query, key, value, mask, is_causal, scale, enable_gqa)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+
+class _InForce:
+    """For the length of one processor call: route, forward context and report. Leaves no trace."""
+
+    def __init__(self, binding: _Binding) -> None:
+        attachment = binding.attachment
+        context = attachment.context(binding.place)
+        self._managers = (routed(binding), entered(context), reporting_to(attachment.report))
+
+    def __enter__(self) -> None:
+        for manager in self._managers:
+            manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for manager in reversed(self._managers):
+            manager.__exit__(None, None, None)
+
+
+class _Attachment:
+    """One denoiser under one handle: watches its forwards, and binds its attention modules."""
+
+    def __init__(
+        self, plan: _Plan, sites: Mapping[str, CallSite], tracker: RunTracker, report: Report
+    ) -> None:
+        self.component = plan.component
+        self.model = plan.model
+        self.family = plan.family
+        self.tracker = tracker
+        self.report = report
+        self.num_layers = 1 + max(place.layer for place in plan.places)
+        self._bindings = [
+            _Binding(self, place, sites.get(place.role, sites[""])) for place in plan.places
+        ]
+        self._watched = tuple(plan.model.modules())  # listed once: a model has thousands
+        self._forward = threading.local()
+        self._hooks: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._bindings)
+
+    def attach(self, member: Any) -> None:
+        for binding in self._bindings:
+            module = binding.place.module
+            if not isinstance(module.processor, _RoutedProcessor):
+                module.processor = _RoutedProcessor(module.processor, member)
+            module.processor.bindings.append(binding)
+        CacheContextWatch.attach(self.model)
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            CacheContextWatch.detach(self.model)
+        self._hooks = []
+        for binding in self._bindings:
+            processor = binding.place.module.processor
+            if isinstance(processor, _RoutedProcessor) and binding in processor.bindings:
+                processor.bindings.remove(binding)
+                if not processor.bindings:
+                    binding.place.module.processor = processor.replaced
+
+    def context(self, place: AttentionPlace) -> ForwardContext:
+        """The context of a call in the forward in progress; outside of one, step and grid are what
+        the caller entered, or unknown."""
+        known: dict[str, Any] = getattr(self._forward, "known", None) or {}
+        outer = current_context() or ForwardContext()
+        return replace(
+            outer, layer=place.layer, num_layers=self.num_layers, role=place.role, **known
+        )
+
+    def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self.model:
+            return  # a copy of the attached model
+        _refuse_compiled(self.component, self._watched)
+        if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
+            raise BridgeError(
+                f"{self.component} has gradient checkpointing enabled, which would run its "
+                "attention again later, without knowing the step",
+                hint=f"pipe.{self.component}.disable_gradient_checkpointing()",
+            )
+        arguments = _by_name(model, args, kwargs)
+        timestep = _largest(self.family.timestep(model, arguments))
+        moment = self.tracker.moment(self.component, timestep, announced_for(model))
+        self._forward.known = {
+            "step": moment.step,
+            "num_steps": moment.num_steps,
+            "timestep": timestep,
+            "branch": moment.branch,
+            "grid": self.family.grid(model, arguments),
+            "run_state": moment.run_state,
+        }
+
+    def _after_forward(self, model: Any, args: Any, output: Any) -> None:
+        if model is self.model:
+            self._forward.known = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
+        return self  # in the hooks of a copied model, which it then ignores
+
+
+def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """A forward's arguments by name."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
+    return bound.arguments
+
+
+def _largest(timestep: Any) -> float | None:
+    """One number for a timestep per batch item or per token (conditioned tokens have 0)."""
+    if timestep is None:
+        return None
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.detach().max()) if timestep.numel() else None
+    return float(timestep)
+
+
+# --- what the user holds --------------------------------------------------------------------------
+
+
+class PipelineReport(Report):
+    """The reports of a pipeline's denoisers, by component name, read as one."""
+
+    def __init__(self, components: Mapping[str, Report]) -> None:
+        super().__init__()
+        self.components = dict(components)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*super().rows, *(row for part in self.components.values() for row in part.rows)]
+
+    def clear(self) -> None:
+        super().clear()
+        for part in self.components.values():
+            part.clear()
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Plain data, one mapping per row with its component, ready for JSON."""
+        return [
+            {"component": component, **row}
+            for component, part in self.components.items()
+            for row in part.to_dict()
+        ]
+
+    def __str__(self) -> str:
+        if len(self.components) == 1:
+            return "\n".join(str(part) for part in self.components.values())
+        return "\n".join(
+            f"{component}:\n  " + str(part).replace("\n", "\n  ")
+            for component, part in self.components.items()
+        )
+
+
+class Handle:
+    """Polyattn attached to a pipeline. ``with handle:`` or :meth:`restore` takes it off again.
+
+    ``report`` tells what ran: a :class:`PipelineReport`. ``notes`` says which of diffusers' own
+    settings are set aside meanwhile, ``layers`` counts the attention modules that were changed, by
+    component.
+    """
+
+    def __init__(
+        self,
+        plans: list[_Plan],
+        sites: Mapping[str, CallSite],
+        tracker: RunTracker,
+        member: Any,
+        notes: tuple[str, ...],
+    ) -> None:
+        reports = {plan.component: Report() for plan in plans}
+        self.report = PipelineReport(reports)
+        self.notes = notes
+        self._attachments = [
+            _Attachment(plan, sites, tracker, reports[plan.component]) for plan in plans
+        ]
+        try:
+            for attachment in self._attachments:
+                attachment.attach(member)
+        except BaseException:
+            self.restore()
+            raise
+        self.layers = {each.component: len(each) for each in self._attachments}
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._attachments)
+
+    def restore(self) -> None:
+        """Put the pipeline back exactly as it was. The report stays; a second call does nothing."""
+        attachments, self._attachments = self._attachments, []
+        for attachment in attachments:
+            attachment.detach()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        where = ", ".join(
+            f"{count} attention modules of {name}" for name, count in self.layers.items()
+        )
+        return f"<polyattn.Handle: {where}; {'attached' if self.attached else 'restored'}>"
