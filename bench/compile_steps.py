@@ -1,6 +1,6 @@
 """Graphs compiled over 20 denoising steps, with step, timestep and layer changing every call.
 
-    python bench/compile_steps.py [--output FOLDER]
+python bench/compile_steps.py [--output FOLDER]
 """
 
 from __future__ import annotations

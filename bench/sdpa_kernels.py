@@ -2,7 +2,7 @@
 
 For every shape, layout, mask and dtype: milliseconds of torch's own choice, of each kernel forced
 through the plugin (`kernel=...`), and of the plugin's `auto`; the kernel torch picked; the error of
-`auto` against float64 on a slice. What is timed is a `LocalAttention`, its checks and report included.
+`auto` against float64 on a slice. What is timed is a `LocalAttention`, checks and report included.
 
     python bench/sdpa_kernels.py [--output FOLDER] [--quick]
 """
@@ -44,7 +44,9 @@ def cases(quick: bool) -> list[Case]:
     found = [Case(s, s, d) for d in (64, 128) for s in lengths]
     if quick:
         return found[:4]
-    found += [Case(s, s, 128, layout) for s in (1024, 32760, 75600) for layout in ("bhsd", "packed")]
+    found += [
+        Case(s, s, 128, layout) for s in (1024, 32760, 75600) for layout in ("bhsd", "packed")
+    ]
     found += [Case(s, 512, 128) for s in (1024, 32760)]
     found += [Case(s, 77, 128) for s in (1024, 32760)]
     found += [Case(s, s, 128, is_causal=True) for s in (1024, 8192, 32760)]
@@ -53,7 +55,10 @@ def cases(quick: bool) -> list[Case]:
         for s in (1024, 8192)
         for mask in ("key_padding", "boolean", "additive")
     ]
-    found += [Case(32760, 32760, 128, mask="key_padding"), Case(32760, 512, 128, mask="key_padding")]
+    found += [
+        Case(32760, 32760, 128, mask="key_padding"),
+        Case(32760, 512, 128, mask="key_padding"),
+    ]
     found += [Case(s, s, d) for s in (1024, 8192) for d in (32, 40, 80, 96, 160, 256)]
     found += [Case(s, s, 128, dtype=torch.float16) for s in (1024, 32760)]
     found += [Case(s, s, 64, dtype=torch.float32) for s in (1024, 8192)]

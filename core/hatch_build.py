@@ -10,11 +10,13 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 # What an extra adds beyond the plugin distributions.
 PIPELINE = [
-    "diffusers>=0.35",
+    "diffusers>=0.39",
     "transformers>=4.49",
     "accelerate>=1.0",
     "imageio>=2.31",
     "imageio-ffmpeg>=0.5",
+    "pillow>=10",
+    "ftfy>=6",  # image-to-video and VACE pipelines of Wan fail on prompts without it
 ]
 TESTING = ["pytest>=8"]
 

@@ -32,14 +32,14 @@ from diffusers.models import attention_dispatch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from polyattn.cli import main  # noqa: E402
-from polyattn.errors import GenerateError  # noqa: E402
-from polyattn.generation import (  # noqa: E402
+from polyattn.cli.generation import (  # noqa: E402
     GenerationRequest,
     output,
     passthrough,
     plan_generation,
     running,
 )
+from polyattn.errors import GenerateError  # noqa: E402
 from polyattn.testing import isolated_registry  # noqa: E402
 
 DISPATCH = attention_dispatch._AttentionBackendRegistry
@@ -485,7 +485,7 @@ def test_an_encoder_that_stops_early_is_noticed(out: Path) -> None:
 import resource, numpy
 from pathlib import Path
 from polyattn.errors import GenerateError
-from polyattn.generation.output import write_video
+from polyattn.cli.generation.output import write_video
 frames = numpy.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=numpy.uint8)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 try:

@@ -365,13 +365,13 @@ def validate(
     given = _merge(dict(implied or {}), config or {}, alias or spec.name)
     accepted = spellings(spec.config)
     used: dict[str, str] = {}
-    for key in given:
+    for key, value in _leaves(given, accepted):
         name = accepted.get(key)
         if name is None:
             close = nearest(key, accepted)
             known = ", ".join(sorted(set(accepted.values()))) or "none"
             raise ConfigError(
-                f"{spec.name} has no parameter {key!r} (given as {given[key]!r} by {source}); its "
+                f"{spec.name} has no parameter {key!r} (given as {value!r} by {source}); its "
                 f"parameters are: {known}",
                 hint=" or ".join(close) if close else f"polyattn config {spec.name}",
             )
@@ -393,6 +393,19 @@ def validate(
         raise ConfigError(
             f"{spec.name} cannot use {source}: {problems}", hint=f"polyattn config {spec.name}"
         ) from None
+
+
+def _leaves(
+    given: Mapping[str, Any], accepted: Mapping[str, str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Keys with their values; a mapping under which spellings nest is entered, not yielded."""
+    for key, value in given.items():
+        path = prefix + key
+        nests = any(spelling.startswith(f"{path}.") for spelling in accepted)
+        if path not in accepted and nests and isinstance(value, Mapping):
+            yield from _leaves(value, accepted, f"{path}.")
+        else:
+            yield path, value
 
 
 def _problem(error: Any) -> str:

@@ -281,7 +281,8 @@ class _Loader:
             frames = traceback.extract_tb(error.__traceback__)[1:]
             place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
             message = _first_lines(error) if isinstance(error, ValidationError) else str(error)
-            head = "".join(traceback.format_exception(error)[-6:])
+            lines = traceback.format_exception(error)
+            head = "".join(lines if len(lines) < 8 else [*lines[:1], *lines[-6:]])
             self._report(
                 entry_point, stage, f"{type(error).__name__}: {message}{place}", trace=head
             )

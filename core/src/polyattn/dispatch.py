@@ -98,9 +98,8 @@ def _call_site_from_text(text: str) -> CallSite:
 class _Decision:
     """A selection bound to its implementation, and what every call with it shares."""
 
-    __slots__ = ("checked", "dense", "implementation", "last_phase", "last_epoch", "last_row",
-                 "mask_kind", "plain_call", "role", "scale", "schedule", "selection",
-                 "shape")  # fmt: skip
+    __slots__ = ("checked", "dense", "implementation", "last", "mask_kind", "plain_call", "role",
+                 "scale", "schedule", "selection", "shape")  # fmt: skip
 
     def __init__(
         self,
@@ -130,9 +129,9 @@ class _Decision:
             return_lse=request.needs_lse,
         )
         self.checked = False
-        self.last_epoch: object = None
-        self.last_row: Row | None = None
-        self.last_phase: str | None = None
+        # The row last counted in, the report it belongs to, and the phase: one value, so that
+        # another thread never sees a row beside the wrong report.
+        self.last: tuple[Row | None, object, str | None] = (None, None, None)
 
     def call(
         self,
@@ -159,14 +158,15 @@ class _Decision:
     def row(self, phase: str | None) -> Row:
         """The report row of this decision, kept for the report that was last written to."""
         report = current_report()
-        row = self.last_row
-        if row is None or report.epoch is not self.last_epoch or phase != self.last_phase:
+        epoch = report.epoch
+        row, last_epoch, last_phase = self.last
+        if row is None or epoch is not last_epoch or phase != last_phase:
             chosen = self.selection
             why = chosen.why if phase is None else f"{phase} of {chosen.requested}"
             row = Row(self.role, chosen.requested, chosen.chosen, chosen.source, why, self.shape)
             key = (row.role, row.requested, row.used, row.source, row.why, row.shape)
             row = report.row(key, row)
-            self.last_row, self.last_epoch, self.last_phase = row, report.epoch, phase
+            self.last = (row, epoch, phase)
         return row
 
     def check_result(self, result: Any, q: torch.Tensor, return_lse: bool) -> None:
@@ -253,7 +253,7 @@ def attention(
     """Scaled dot-product attention: softmax(scale * q k^T + mask) v.
 
     ``q`` is ``[B, Sq, H, D]``; ``k`` and ``v`` are ``[B, Sk, Hkv, D]``, alike in dtype and device,
-    with Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype; with
+    Hkv = H, or a divisor of H and ``enable_gqa=True``. Returns ``[B, Sq, H, D]`` in q's dtype; with
     ``return_lse=True`` also the natural log-sum-exp ``[B, H, Sq]`` in float32, without a gradient.
 
     ``backend`` names a backend (None or ``"auto"``: selection decides) and ``config`` holds its
@@ -351,8 +351,8 @@ def attend(
     else:
         call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras)
     result = decision.implementation(q, k, v, call)
-    row = decision.last_row
-    if row is not None and decision.last_epoch is current_report().epoch:
+    row, epoch, _ = decision.last
+    if row is not None and epoch is current_report().epoch:
         if row.last_facts is call.facts:
             row.calls += 1
             return result
@@ -474,9 +474,13 @@ def _refuse_frozen_schedule(decision: _Decision) -> None:
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_site(backend: Any, config: Any) -> str:
     return call_site(backend, config).text
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo (a second) for
+# those who never compile: its result becomes a constant of the graph.
+_constant_site._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _traced(

@@ -110,12 +110,12 @@ class Environment(BaseModel):
     def assume(cls, text: str, *, base: Environment | None = None) -> Environment:
         """An environment from words such as ``"cuda:9.0,torch:2.11,flash-attn:2.8.3"``.
 
-        The first word that is a platform sets the device; ``torch:``, ``python:`` and any
-        distribution name set versions, and a version of ``none`` removes a distribution. What is
-        not mentioned is taken from ``base`` (by default, this machine).
+        A platform word, of which there may be one, sets the device; ``torch:``, ``python:`` and
+        any distribution name set versions, and a version of ``none`` removes a distribution. What
+        is not mentioned is taken from ``base`` (by default, this machine).
         """
         start = base or cls.detect()
-        accelerator = start.accelerator
+        accelerator: Accelerator | None = None
         facts: dict[str, Any] = {}
         distributions = dict(start.distributions)
         for word in filter(None, (part.strip() for part in text.split(","))):
@@ -123,6 +123,8 @@ class Environment(BaseModel):
             name = name.strip()
             value = value.strip()
             if name.lower() in KNOWN_PLATFORMS:
+                if accelerator is not None:
+                    raise InputError(f"the assumed machine {text!r} names two platforms")
                 accelerator = _assumed_accelerator(name.lower(), value or None)
             elif not separator or not value or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
                 raise InputError(
@@ -137,12 +139,10 @@ class Environment(BaseModel):
                 if value.lower() != "none":
                     distributions[canonicalize_name(name)] = value
         facts["torch"] = distributions.get("torch")
-        if accelerator.platform != "cuda":
-            facts["cuda"] = None
-        if accelerator.platform != "rocm":
-            facts["hip"] = None
-        elif start.hip is None:
-            facts["hip"] = "assumed"
+        if accelerator is not None:
+            facts["cuda"] = (start.cuda or "assumed") if accelerator.platform == "cuda" else None
+            facts["hip"] = (start.hip or "assumed") if accelerator.platform == "rocm" else None
+        accelerator = accelerator or start.accelerator
         return start.model_copy(
             update={**facts, "accelerator": accelerator, "distributions": distributions}
         )
@@ -156,8 +156,13 @@ def _assumed_accelerator(platform: str, arch: str | None) -> Accelerator:
                 f"cuda:{arch} is not a compute capability: expected MAJOR.MINOR",
                 hint="--assume cuda:9.0",
             )
-    if platform == "rocm":
+    elif platform == "rocm":
         arch = arch or "gfx942"
+    elif arch is not None:
+        raise InputError(
+            f"{platform}:{arch} cannot be assumed: {platform} has no architectures",
+            hint=f"--assume {platform}",
+        )
     return Accelerator(platform=platform, arch=arch, device_name="assumed")
 
 

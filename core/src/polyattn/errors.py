@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "BackendUnavailableError",
@@ -45,7 +46,16 @@ class UnknownBackendError(PolyattnError, LookupError):
 
 
 class BackendUnavailableError(PolyattnError, RuntimeError):
-    """A named backend exists but cannot serve the request; the message holds all reasons."""
+    """A named backend exists but cannot serve the request; the message holds all reasons.
+
+    ``trace`` holds them as data: the :class:`~polyattn.selection.Candidate` values considered.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, trace: tuple[Any, ...] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.trace = trace
 
 
 class SelectionConflictError(PolyattnError, RuntimeError):

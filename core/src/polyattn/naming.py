@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import importlib_metadata
 from polyattn.discovery import RegisteredBackend, registry
 from polyattn.errors import InputError, UnknownBackendError, nearest
 
-__all__ = ["backend_named", "resolve_name"]
+__all__ = ["backend_named", "how_to_get_a_backend", "resolve_name"]
 
 
 def resolve_name(name: str, *, source: str = "") -> tuple[str, Mapping[str, Any]]:
@@ -36,12 +37,18 @@ def resolve_name(name: str, *, source: str = "") -> tuple[str, Mapping[str, Any]
     if name in _extras():
         hint: str | None = f'pip install "polyattn[{name}]"'
     elif not known.backends:
-        hint = 'pip install "polyattn[sdpa]"'
+        hint = how_to_get_a_backend()
     elif close:
         hint = " or ".join(close)
     else:
         hint = "polyattn backends"
     raise UnknownBackendError(message, hint=hint)
+
+
+def how_to_get_a_backend() -> str:
+    """What to type when no backend is there: install one, or stop leaving them all out."""
+    limits = [name for name in ("POLYATTN_PLUGINS", "POLYATTN_DISABLE") if name in os.environ]
+    return f"unset {' '.join(limits)}" if limits else 'pip install "polyattn[sdpa]"'
 
 
 def backend_named(name: str, *, source: str = "") -> RegisteredBackend:

@@ -25,7 +25,7 @@ from polyattn.contract import AttentionRequest, BackendSpec, Reason, ScheduledCo
 from polyattn.discovery import RegisteredBackend, registry
 from polyattn.environment import Environment
 from polyattn.errors import BackendUnavailableError, InputError, SelectionConflictError
-from polyattn.naming import backend_named, resolve_name
+from polyattn.naming import backend_named, how_to_get_a_backend, resolve_name
 from polyattn.probing import (
     RUNTIME_MISSING,
     availability_reasons,
@@ -164,7 +164,7 @@ def select(
     given = load_config(config)
     if requested is None:
         return _automatic(request, environment, given, requested=None, source="automatic")
-    chosen = backend_named(requested, source=source)
+    chosen = backend_named(requested, source=_source_words(source))
     # Parameters are checked before anything else, so that a typo shows even where the named
     # backend will not be the one that runs.
     parameters = _parameters(chosen, requested, given)
@@ -207,7 +207,10 @@ def _wish(
     if required is not None:
         canonical = resolve_name(required)[0]
         for name, source in wishes:
-            if name is not None and resolve_name(name, source=source)[0] != canonical:
+            if (
+                name is not None
+                and resolve_name(name, source=_source_words(source))[0] != canonical
+            ):
                 raise SelectionConflictError(
                     f"this layer is only right with the backend {required!r}, and "
                     f"{_source_words(source)} asks for {name!r}",
@@ -270,11 +273,12 @@ def _automatic(
     if not registry().backends:
         raise BackendUnavailableError(
             "no attention backend is installed; polyattn itself contains none",
-            hint='pip install "polyattn[sdpa]"',
+            hint=how_to_get_a_backend(),
         )
     raise BackendUnavailableError(
         f"no exact backend can serve {_words(request)} on {environment.describe()}:"
-        + "".join(f"\n  {each.name}: {_joined(each.reasons)}" for each in candidates)
+        + "".join(f"\n  {each.name}: {_joined(each.reasons)}" for each in candidates),
+        trace=tuple(candidates),
     )
 
 
@@ -389,9 +393,14 @@ def _unavailable(
 ) -> BackendUnavailableError:
     try:
         alternative = _automatic(request, environment, {}, None, "automatic").chosen
-        nearest_words = f"\n  {alternative} could serve it (backend={alternative!r})"
     except BackendUnavailableError:
         nearest_words = ""
+    else:
+        nearest_words = f"\n  {alternative} could serve it" + (
+            " with other parameters"
+            if alternative == refused.name
+            else f" (backend={alternative!r})"
+        )
     hints = [reason.hint for reason in refused.reasons if reason.hint]
     return BackendUnavailableError(
         f"the backend {requested!r}, asked for by {_source_words(source)}, cannot serve "
@@ -399,6 +408,7 @@ def _unavailable(
         + "".join(f"\n  - {reason.message}" for reason in refused.reasons)
         + nearest_words,
         hint=hints[0] if hints else None,
+        trace=(refused,),
     )
 
 

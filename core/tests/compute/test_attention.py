@@ -393,6 +393,25 @@ def test_decisions_follow_settings() -> None:
     assert used == ["torch_sdpa", "other", "torch_sdpa", "other", "torch_sdpa"]
 
 
+def test_a_cleared_report_goes_on(report: Report) -> None:
+    q, k, v = qkv()
+    for _ in range(3):
+        polyattn.attention(q, k, v)
+    report.clear()
+    assert report.rows == []
+    polyattn.attention(q, k, v)
+    assert [row.calls for row in report.rows] == [1]
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    q, k, v = qkv()
+    expected = torch.softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q, k), -1)
+    out, lse = polyattn.attention(q, k, v, scale=scale, return_lse=True)
+    torch.testing.assert_close(out, torch.einsum("bhqk,bkhd->bqhd", expected, v))
+    assert lse.isfinite().all()
+
+
 def test_two_threads_keep_apart() -> None:
     """Each thread forces its own backend, reports to its own report, in its own context."""
     results: dict[str, Any] = {}

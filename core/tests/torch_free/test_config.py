@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
 
 import polyattn
 from polyattn.config import load_config, spellings, validate
@@ -265,6 +265,21 @@ def test_validate_refuses(given: dict[str, Any], told: str) -> None:
     assert told in str(caught.value)
     assert "fake_sparse" in str(caught.value)
     assert "config.yaml" in str(caught.value)
+
+
+class Nested(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top_k: int = Field(3, validation_alias=AliasChoices("topk", AliasPath("moba_config", "topk")))
+
+
+def test_spellings_may_nest() -> None:
+    nested = SPEC.model_copy(update={"config": Nested})
+    for text in ("topk=2", "moba_config.topk=2", "moba_config={topk: 2}", "top_k=2"):
+        assert validate(nested, load_config(text)).top_k == 2, text  # type: ignore[attr-defined]
+    for text in ("moba_config.topkk=2", "moba_config.topk=2,topk=2", "moba_config=2"):
+        with pytest.raises(ConfigError):
+            validate(nested, load_config(text))
 
 
 def test_an_alias_and_a_parameter_that_contradict() -> None:

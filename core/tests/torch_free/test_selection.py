@@ -429,6 +429,23 @@ def test_without_any_backend() -> None:
             select("sdpa", environment=LAPTOP)
 
 
+def test_backends_that_were_left_out_are_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("POLYATTN_PLUGINS", "")
+    with isolated_registry():
+        with pytest.raises(BackendUnavailableError, match="unset POLYATTN_PLUGINS"):
+            select(environment=LAPTOP)
+
+
+def test_a_refusal_holds_its_reasons_as_data() -> None:
+    with pytest.raises(BackendUnavailableError) as caught:
+        select("sage_attn", is_causal=True, environment=LAPTOP)
+    (refused,) = caught.value.trace
+    assert refused.name == "sage_attn"
+    assert [reason.code for reason in refused.reasons] == ["causal"]
+
+
 def test_nothing_can_serve_it() -> None:
     with isolated_registry(FLASH), pytest.raises(BackendUnavailableError, match="needs cuda"):
         select(environment=LAPTOP, dtype="float32")

@@ -56,9 +56,10 @@ def nobody_configured_anything() -> Any:
     [
         ("cuda:9.0", {}, "cudnn"),
         ("cuda:9.0", {"is_causal": True}, "cudnn"),
-        ("cuda:9.0", {"mask": "boolean"}, "cudnn"),
-        ("cuda:9.0", {"key_length": 512, "query_length": 512}, "cudnn"),
-        ("cuda:9.0", {"key_length": 511}, "default"),
+        ("cuda:9.0", {"key_length": 4096, "query_length": 4096}, "cudnn"),
+        ("cuda:9.0", {"key_length": 4095}, "default"),
+        ("cuda:9.0", {"mask": "boolean"}, "default"),
+        ("cuda:9.0", {"head_dim": 64}, "default"),
         ("cuda:9.0", {"query_length": 77}, "default"),
         ("cuda:9.0", {"query_length": None}, "default"),
         ("cuda:9.0", {"head_dim": 256}, "default"),

@@ -18,7 +18,7 @@ import click
 from polyattn.cli.output import Page, json_option
 
 if TYPE_CHECKING:
-    from polyattn.generation import Plan, Result
+    from polyattn.cli.generation import Plan, Result
 
 __all__ = ["generate"]
 
@@ -112,7 +112,7 @@ def generate(
     """  # fmt: skip
     if no_report and report is not None:
         raise click.UsageError("--report and --no-report contradict each other")
-    from polyattn.generation import GenerationRequest, plan_generation, run_generation
+    from polyattn.cli.generation import GenerationRequest, plan_generation, run_generation
 
     try:
         with _terminable():

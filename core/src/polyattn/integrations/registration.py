@@ -24,7 +24,7 @@ __all__ = ["NAME", "Route", "diffusers_version", "process_wide_backend", "regist
            "routed", "self_test"]  # fmt: skip
 
 NAME = "polyattn"
-TESTED_VERSIONS = "0.39 to 0.42"
+TESTED_VERSIONS = "0.42.1"
 
 _registering = threading.Lock()
 

@@ -330,6 +330,8 @@ class SemanticsTests(Subject):
             self.skip("CUDA graphs need a CUDA device")
         for config, dtype in self.combinations():
             case, other = (self.case(dtype, seed=seed, config=config) for seed in (1, 2))
+            if self.run(case) is None:
+                continue
             side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             with torch.cuda.stream(side):
                 for _ in range(3):

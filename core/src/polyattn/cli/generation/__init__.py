@@ -12,8 +12,8 @@ under its final name whole or not at all.
 
 from __future__ import annotations
 
-from polyattn.generation.planning import GenerationRequest, Plan, plan_generation
-from polyattn.generation.running import Progress, Result, run_generation
+from polyattn.cli.generation.planning import GenerationRequest, Plan, plan_generation
+from polyattn.cli.generation.running import Progress, Result, run_generation
 
 __all__ = [
     "GenerationRequest",

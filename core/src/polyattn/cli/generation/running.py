@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from polyattn.cli.generation.output import write_text, write_video
+from polyattn.cli.generation.planning import Plan
 from polyattn.errors import GenerateError, PolyattnError
-from polyattn.generation.output import write_text, write_video
-from polyattn.generation.planning import Plan
 
 __all__ = ["Progress", "Result", "run_generation"]
 
@@ -198,7 +198,7 @@ class _PassedThrough:
 def _attention(pipe: Any, plan: Plan) -> Iterator[_Attention]:
     """Attach what computes attention, for the time of the block."""
     if plan.backend == "diffusers":
-        from polyattn.generation.passthrough import set_backend
+        from polyattn.cli.generation.passthrough import set_backend
 
         name = plan.attention_backend
         yield _PassedThrough([] if name is None else set_backend(pipe, name))

@@ -15,15 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from polyattn.contract import AttentionRequest
-from polyattn.errors import GenerateError, nearest
-from polyattn.generation.folder import DEFAULTS_FILE, ModelFolder, open_model
-from polyattn.generation.output import (
+from polyattn.cli.generation.folder import DEFAULTS_FILE, ModelFolder, open_model
+from polyattn.cli.generation.output import (
     MAXIMUM_GIF_FPS,
     SUFFIXES,
     check_destination,
     check_space,
 )
+from polyattn.contract import AttentionRequest
+from polyattn.errors import GenerateError, nearest
 
 __all__ = ["DTYPES", "GenerationRequest", "Plan", "plan_generation"]
 
@@ -406,7 +406,7 @@ def _check_passthrough(request: GenerationRequest) -> None:
                 f"diffusers' own backends take no {option}", hint="--backend polyattn"
             )
     if request.attention_backend is not None:
-        from polyattn.generation.passthrough import check_name
+        from polyattn.cli.generation.passthrough import check_name
 
         check_name(request.attention_backend, allow_download=request.allow_download)
 
