@@ -11,9 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from polyattn_demo._version import __version__
-
-__all__ = ["DEFAULTS_FILE", "__version__", "generation_defaults", "model_path"]
+__all__ = ["DEFAULTS_FILE", "generation_defaults", "model_path"]
 
 DEFAULTS_FILE = "polyattn_defaults.json"
 
