@@ -80,9 +80,44 @@ def registry() -> Registry:
     return discover(installed_entry_points())
 
 
-def installed_entry_points() -> Iterable[Any]:
-    """The entry points plugins publish; :mod:`polyattn.testing` puts others in their place."""
-    return importlib_metadata.entry_points(group=hooks.ENTRY_POINT_GROUP)
+def installed_entry_points(path: list[str] | None = None) -> Iterable[Any]:
+    """The entry points plugins publish, on ``path`` or where Python looks for distributions.
+
+    One distribution after the other: a list that cannot be parsed would otherwise hide all others.
+    Of two installations of one distribution, the first on the path counts, as for imports.
+    :mod:`polyattn.testing` puts another function in this one's place.
+    """
+    found: list[Any] = []
+    seen: set[str] = set()
+    where = {} if path is None else {"path": path}
+    for distribution in importlib_metadata.distributions(**where):
+        try:
+            points: list[Any] = [
+                point
+                for point in distribution.entry_points
+                if point.group == hooks.ENTRY_POINT_GROUP
+            ]
+        except Exception as error:
+            if hooks.ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
+                continue  # somebody else's trouble
+            points = [_UnreadableEntryPoints(distribution, error)]
+        if points and (name := canonicalize_name(distribution.name)) not in seen:
+            seen.add(name)
+            found += points
+    return found
+
+
+@dataclass(frozen=True)
+class _UnreadableEntryPoints:
+    """Stands for a distribution whose entry points cannot be parsed; loading it tells why."""
+
+    dist: Any
+    error: Exception
+    name: str = "?"
+    value: str = "?"
+
+    def load(self) -> Any:
+        raise self.error
 
 
 def discover(entry_points: Iterable[Any]) -> Registry:

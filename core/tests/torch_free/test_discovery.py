@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import importlib_metadata
 import pytest
 
 from polyattn import discovery
@@ -62,12 +61,7 @@ def publish(
 
 
 def found(folder: Path) -> Registry:
-    entry_points = [
-        point
-        for distribution in importlib_metadata.distributions(path=[str(folder)])
-        for point in distribution.entry_points
-    ]
-    return discovery.discover(entry_points)
+    return discovery.discover(discovery.installed_entry_points([str(folder)]))
 
 
 def only_finding(registry: Registry) -> Finding:
@@ -167,6 +161,31 @@ def test_an_entry_point_that_leads_nowhere(folder: Path, value: str) -> None:
     registry = found(folder)
     assert only_finding(registry).stage == "import"
     assert list(registry.backends) == ["good"]
+
+
+def test_an_entry_point_file_that_cannot_be_parsed(folder: Path) -> None:
+    publish(folder, "bad", "return []")
+    publish(folder, "unrelated", "return []")
+    publish(folder, "good", "return [spec('good')]")
+    (text,) = folder.glob("polyattn_bad-*/entry_points.txt")
+    text.write_text("[polyattn.backends]\nbad = :: what\n= nothing\n")
+    (text,) = folder.glob("polyattn_unrelated-*/entry_points.txt")
+    text.write_text("[console_scripts]\n= nothing\n")
+    registry = found(folder)
+    assert list(registry.backends) == ["good"]
+    assert {finding.distribution for finding in registry.findings} <= {"polyattn-bad"}
+
+
+def test_the_first_of_two_installations_counts(folder: Path, tmp_path: Path) -> None:
+    first, second = folder / "first", folder / "second"
+    for place, name in ((first, "mine"), (second, "stale")):
+        publish(place, "twice", f"return [spec('{name}')]")
+    sys.path[:0] = [str(first), str(second)]
+    try:
+        points = discovery.installed_entry_points([str(first), str(second)])
+        assert list(discovery.discover(points).backends) == ["mine"]
+    finally:
+        del sys.path[:2]
 
 
 def test_a_plugin_that_prints_is_kept_quiet_and_told(

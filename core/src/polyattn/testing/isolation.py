@@ -124,7 +124,7 @@ class _InMemory:
 
     entry_points: list[_EntryPoint]
 
-    def __call__(self) -> list[_EntryPoint]:
+    def __call__(self, path: list[str] | None = None) -> list[_EntryPoint]:
         return self.entry_points
 
 
