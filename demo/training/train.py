@@ -48,7 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--diffusion-seconds", type=float, help="time for transformer and text")
     parser.add_argument("--learning-rate", type=float, help="of stage two, to go on more gently")
     parser.add_argument("--vae-from", type=Path, help="skip stage one; a trained autoencoder")
-    parser.add_argument("--resume", type=Path, help="go on with stage two from this checkpoint")
+    parser.add_argument(
+        "--resume", type=Path, help="go on with stage two: a checkpoint or a model folder"
+    )
     parser.add_argument("--smoke", action="store_true", help="every step in miniature")
     return parser.parse_args(arguments)
 

@@ -327,8 +327,16 @@ class DiffusionTrainer:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from `save`; a checkpoint with weights alone starts with a new optimizer."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        """Go on from `save`, or from a pipeline folder; weights alone start with new optimizers."""
+        if path.is_dir():
+            transformer = WanTransformer3DModel.from_pretrained(path / "transformer")
+            text_encoder = UMT5EncoderModel.from_pretrained(path / "text_encoder")
+            state: dict[str, Any] = {
+                "transformer": transformer.float().state_dict(),
+                "text_encoder": text_encoder.float().state_dict(),
+            }
+        else:
+            state = torch.load(path, map_location=self.device, weights_only=True)
         self.transformer.load_state_dict(state["transformer"])
         self.text_encoder.load_state_dict(state["text_encoder"])
         self.step = state.get("step", 0)
