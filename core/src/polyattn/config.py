@@ -72,15 +72,17 @@ def _names_a_file(text: str) -> bool:
 
 def _read_file(path: Path) -> dict[str, Any]:
     where = f"the file {path}"
+    if path.suffix.lower() not in FILE_SUFFIXES:
+        raise ConfigError(
+            f"cannot read {str(path)!r} as a configuration: expected KEY=VALUE pairs, JSON text, "
+            f"or a file that ends in {', '.join(FILE_SUFFIXES)}",
+            hint=EXAMPLE,
+        )
+    if path.exists() and not path.is_file():  # a folder, or a pipe that would never end
+        raise ConfigError(f"{where} cannot be read: it is not a regular file")
+    if path.exists() and path.stat().st_size > MAXIMUM_FILE_BYTES:
+        raise ConfigError(f"{where} is larger than {MAXIMUM_FILE_BYTES} bytes")
     try:
-        if path.is_file() and path.stat().st_size > MAXIMUM_FILE_BYTES:
-            raise ConfigError(f"{where} is larger than {MAXIMUM_FILE_BYTES} bytes")
-        if path.suffix.lower() not in FILE_SUFFIXES:
-            raise ConfigError(
-                f"cannot read {str(path)!r} as a configuration: expected KEY=VALUE pairs, JSON "
-                f"text, or a file that ends in {', '.join(FILE_SUFFIXES)}",
-                hint=EXAMPLE,
-            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{where} does not exist (looked in {Path.cwd()})") from None

@@ -132,6 +132,18 @@ def _chosen(entry_points: Iterable[Any], findings: list[Finding]) -> list[Any]:
     """The entry points that the environment variables leave in."""
     chosen = sorted(entry_points, key=lambda each: (_origin(each)[0], each.name))
     disabled = {canonicalize_name(name) for name in _listed("POLYATTN_DISABLE")}
+    known = {canonicalize_name(_origin(each)[0]) for each in chosen}
+    for unknown in sorted(disabled - known):
+        findings.append(
+            Finding(
+                distribution="POLYATTN_DISABLE",
+                version="",
+                entry_point=unknown,
+                stage="metadata",
+                message=f"POLYATTN_DISABLE names {unknown!r}; no installed distribution of that "
+                f"name offers backends (they come from: {', '.join(sorted(known)) or 'none'})",
+            )
+        )
     chosen = [each for each in chosen if canonicalize_name(_origin(each)[0]) not in disabled]
     if "POLYATTN_PLUGINS" in os.environ:
         wanted = _listed("POLYATTN_PLUGINS")

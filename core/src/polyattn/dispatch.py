@@ -37,8 +37,10 @@ __all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
 # Distinct decisions kept; a service with ever-changing lengths starts over instead of growing.
 MAXIMUM_DECISIONS = 8192
 
-# Looked up once: both are asked on every call.
+# Looked up once: they are asked on every call.
 _is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+_STRIDED = torch.strided
 _forced = settings.forced
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -262,7 +264,7 @@ def attention(
     ``[B, 1, 1, Sk]`` is a key-padding mask. ``is_causal`` aligns to the bottom right; with a mask,
     both apply. ``scale`` defaults to 1/sqrt(D). A query row that sees no key gives zeros. ``grid``
     is shorthand for a forward context that holds only a token grid (T, H, W), and ``extras`` are
-    tensors that a backend declares by name.
+    tensors that a backend declares by name. Autocast is off inside: q's dtype is computed in.
 
     Raises :class:`~polyattn.errors.PolyattnError` subclasses; never another backend, mask or scale
     than asked for without an entry in :func:`polyattn.report`.
@@ -315,7 +317,13 @@ def attend(
     try:
         shape, dtype, device = q.shape, q.dtype, q.device
         same = k.shape == shape and v.shape == shape
-        if not (k.dtype is dtype and v.dtype is dtype and k.device == device == v.device):
+        if not (
+            k.dtype is dtype
+            and v.dtype is dtype
+            and k.device == device == v.device
+            and q.layout is _STRIDED is k.layout
+            and v.layout is _STRIDED
+        ):
             raise TypeError  # mixed: the checks say what is wrong
         key: Any = (
             site, shape if same else (shape, k.shape, v.shape), dtype, device, is_causal, scale,
@@ -327,8 +335,12 @@ def attend(
             None if not extras else tuple(extras),
         )  # fmt: skip
         decision = _decisions.get(key)
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         key = decision = None  # not tensors, or not hashable: the checks say what is wrong
+    if isinstance(q, torch.Tensor) and _is_autocast_enabled(q.device.type):
+        # Attention computes in the dtype of its tensors; nothing inside is cast behind its back.
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras)
     if decision is None:
         before = settings._settings
         decision = _decide(

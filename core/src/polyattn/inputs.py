@@ -150,7 +150,11 @@ def _check_scale(scale: Any) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise InputError(f"scale is a number or None, found {type(scale).__name__}")
-    if not math.isfinite(scale):
+    try:
+        finite = math.isfinite(scale)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
         raise InputError(f"scale is a finite number, found {scale}", hint="scale=None (1/sqrt(D))")
 
 

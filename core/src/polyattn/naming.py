@@ -34,8 +34,15 @@ def resolve_name(name: str, *, source: str = "") -> tuple[str, Mapping[str, Any]
     for finding in concerned:
         message += f"\n  {finding.distribution}: {finding.message}"
     close = nearest(name, known.names())
-    if name in _extras():
-        hint: str | None = f'pip install "polyattn[{name}]"'
+    conflicts = [
+        finding
+        for finding in concerned
+        if finding.stage == "conflict" and repr(name) in finding.message
+    ]
+    if conflicts:
+        hint: str | None = f"POLYATTN_DISABLE={conflicts[-1].distribution}"
+    elif name in _extras():
+        hint = f'pip install "polyattn[{name}]"'
     elif not known.backends:
         hint = how_to_get_a_backend()
     elif close:

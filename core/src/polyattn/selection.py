@@ -47,6 +47,7 @@ __all__ = [
 logger = logging.getLogger("polyattn")
 
 Scope = Literal["call", "layer", "model"]
+SHORT_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 class Candidate(BaseModel):
@@ -150,6 +151,9 @@ def select(
     :class:`~polyattn.errors.ConfigError`.
     """
     if request is None:
+        if needs.get("dtype") is not None:
+            name = str(needs["dtype"]).removeprefix("torch.")
+            needs["dtype"] = SHORT_DTYPES.get(name, name)
         try:
             request = AttentionRequest(**needs)
         except TypeError as error:

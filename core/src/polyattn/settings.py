@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
@@ -16,11 +17,14 @@ from typing import Any, Literal, get_args
 
 from polyattn.config import load_config, per_backend, validate
 from polyattn.discovery import registry
-from polyattn.errors import ConfigError, InputError, SelectionConflictError
+from polyattn.errors import ConfigError, InputError, SelectionConflictError, nearest
 from polyattn.naming import resolve_name
 
 __all__ = ["OnUnavailable", "Settings", "configure", "current_settings", "force_backend", "forced"]
 
+logger = logging.getLogger("polyattn")
+
+USUAL_ROLES = ("self", "cross", "joint")  # a model may name roles of its own
 OnUnavailable = Literal["error", "fallback"]
 
 
@@ -78,6 +82,9 @@ def configure(
     if roles is not _UNCHANGED:
         for role, name in (roles or {}).items():
             resolve_name(name, source=f"polyattn.configure for the role {role!r}")
+            close = nearest(role, USUAL_ROLES)
+            if role not in USUAL_ROLES and close:
+                logger.warning("the role %r is set; did you mean %r?", role, close[0])
         new = replace(new, roles=dict(roles or {}))
     if config is not _UNCHANGED:
         new = replace(new, config=_config_by_backend(config, new.backend))

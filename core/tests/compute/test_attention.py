@@ -447,6 +447,35 @@ def test_decisions_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(dispatch._decisions) <= 10
 
 
+@pytest.mark.parametrize("form", ["function", "layer", "compiled"])
+def test_autocast_changes_nothing(form: str) -> None:
+    inputs = qkv()
+    layer = LocalAttention()
+    call = {
+        "function": polyattn.attention,
+        "layer": layer,
+        "compiled": compiled(layer)[0] if form == "compiled" else layer,
+    }[form]
+    expected = call(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call(*inputs)
+        with isolated_registry(spec("dense")):
+            third_party = polyattn.attention(*inputs)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(third_party, expected)
+
+
+def test_a_decision_for_dense_tensors_is_not_used_for_others() -> None:
+    q, k, v = qkv()
+    polyattn.attention(q, k, v)
+    for odd in (q.to_sparse(), torch.nested.nested_tensor(list(q))):
+        with pytest.raises(InputError):
+            polyattn.attention(odd, k, v)
+    with pytest.raises(InputError, match="finite"):
+        polyattn.attention(q, k, v, scale=10**400)
+
+
 def test_inputs_stay_as_they_are() -> None:
     q, k, v = qkv()
     copies = [x.clone() for x in (q, k, v)]

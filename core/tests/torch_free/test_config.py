@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ def test_a_folder_and_an_empty_file(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(str(folder))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="regular file"):
+        load_config(tmp_path / "pipe.yaml")
     empty = tmp_path / "empty.yaml"
     empty.write_text("")
     assert load_config(empty) == {}

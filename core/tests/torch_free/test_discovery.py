@@ -239,6 +239,8 @@ def test_two_plugins_with_one_name_are_both_out(
     assert all("POLYATTN_DISABLE" in finding.message for finding in registry.findings)
     monkeypatch.setenv("POLYATTN_DISABLE", "polyattn-two")
     assert sorted(found(folder).backends) == ["mine", "same", "three"]
+    monkeypatch.setenv("POLYATTN_DISABLE", "polyattn-twoo")
+    assert any("polyattn-twoo" in finding.message for finding in found(folder).findings)
 
 
 def test_an_alias_never_takes_a_name(folder: Path) -> None:

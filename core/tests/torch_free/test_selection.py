@@ -446,6 +446,21 @@ def test_a_refusal_holds_its_reasons_as_data() -> None:
     assert [reason.code for reason in refused.reasons] == ["causal"]
 
 
+def test_short_names_of_dtypes() -> None:
+    assert select(dtype="bf16", environment=HOPPER).chosen == "fa"
+    assert select(dtype="fp32", environment=HOPPER).chosen == "torch_sdpa"
+
+
+def test_a_role_that_looks_like_a_typo_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "polyattn"):
+        polyattn.configure(roles={"corss": "sdpa"})
+        polyattn.configure(roles={"audio_to_video": "sdpa"})
+    polyattn.configure(roles=None)
+    assert [record.message for record in caplog.records] == [
+        "the role 'corss' is set; did you mean 'cross'?"
+    ]
+
+
 def test_nothing_can_serve_it() -> None:
     with isolated_registry(FLASH), pytest.raises(BackendUnavailableError, match="needs cuda"):
         select(environment=LAPTOP, dtype="float32")

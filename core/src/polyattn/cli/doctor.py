@@ -294,7 +294,7 @@ def _render(page: Page, data: Data, verbose: bool) -> None:
         page.facts(shown, indent=2)
     if verbose:
         page.findings(data["findings"], verbose=True)
-    _render_problems(page, data["problems"])
+    _render_problems(page, data["problems"], data["trials"] is not None)
 
 
 def _render_machine(page: Page, data: Data) -> None:
@@ -333,10 +333,13 @@ def _trial_words(trial: Data) -> str:
     return words
 
 
-def _render_problems(page: Page, problems: list[Data]) -> None:
+def _render_problems(page: Page, problems: list[Data], deep: bool) -> None:
     page.line()
     if not problems:
-        page.line("Nothing is wrong.", style="green")
+        page.line(
+            "Nothing is wrong." + ("" if deep else " (--deep also loads and runs each backend.)"),
+            style="green",
+        )
         return
     page.line("Problems", style="bold")
     for problem in problems:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from polyattn.cli.output import (
-    INSTALL_HINT,
     Data,
     Page,
     emit,
     json_option,
     note_broken_plugins,
 )
+from polyattn.naming import how_to_get_a_backend
 
 if TYPE_CHECKING:
     from polyattn.contract import Architectures, BackendSpec
@@ -117,7 +117,7 @@ def _titles(data: Data) -> list[str]:
 def _render(page: Page, data: Data) -> None:
     if not data["backends"]:
         page.line("No attention backend is installed, so there is nothing to show.")
-        page.hint(INSTALL_HINT, indent=2)
+        page.hint(how_to_get_a_backend(), indent=2)
         return
     footnotes = _Footnotes(lambda number: f"[{number}]")
     rows = []

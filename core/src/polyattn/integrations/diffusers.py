@@ -293,6 +293,11 @@ class _Binding:
         scale: float | None,
         enable_gqa: bool,
     ) -> torch.Tensor:
+        if torch.is_autocast_enabled(query.device.type):
+            # What torch's own attention does there: a query kept in float32 by its norm meets a
+            # value in bfloat16.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (each.to(dtype) for each in (query, key, value))
         result = attend(self.site, query, key, value, mask, is_causal, scale, enable_gqa)
         assert isinstance(result, torch.Tensor)
         return result
