@@ -39,7 +39,7 @@ MAXIMUM_DECISIONS = 8192
 
 # Looked up once: they are asked on every call.
 _is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
+_is_any_autocast_enabled: Any = torch._C._is_any_autocast_enabled
 _STRIDED = torch.strided
 _forced = settings.forced
 
@@ -337,7 +337,11 @@ def attend(
         decision = _decisions.get(key)
     except (TypeError, AttributeError, RuntimeError):
         key = decision = None  # not tensors, or not hashable: the checks say what is wrong
-    if isinstance(q, torch.Tensor) and _is_autocast_enabled(q.device.type):
+    if (
+        _is_any_autocast_enabled()
+        and isinstance(q, torch.Tensor)
+        and torch.is_autocast_enabled(q.device.type)
+    ):
         # Attention computes in the dtype of its tensors; nothing inside is cast behind its back.
         with torch.autocast(q.device.type, enabled=False):
             return attend(site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras)

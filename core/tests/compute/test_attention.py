@@ -461,6 +461,8 @@ def test_autocast_changes_nothing(form: str) -> None:
         found = call(*inputs)
         with isolated_registry(spec("dense")):
             third_party = polyattn.attention(*inputs)
+    with torch.autocast("cuda", dtype=torch.bfloat16):  # of another device
+        torch.testing.assert_close(call(*inputs), expected)
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(third_party, expected)
