@@ -1,4 +1,4 @@
-"""Train the demo model from nothing and write its folder: one command, about 17 minutes on an H100.
+"""Train the demo model from nothing and write its folder: one command.
 
     python demo/training/train.py --work work-folder
 

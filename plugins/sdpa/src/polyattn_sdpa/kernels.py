@@ -130,11 +130,11 @@ class Choice:
 
 
 def choose(request: AttentionRequest, config: SdpaConfig, environment: Environment) -> Choice:
-    """The kernel for a request: the configured one, or the fastest by measurement.
+    """The kernel for a request: the configured one, or the one expected to be fastest.
 
-    On compute capability 9.0 cuDNN's kernel is 1.6 times as fast as flash at video lengths, and
-    torch did not always pick it; that was measured for D = 128 from 4,096 tokens. Where nothing was
-    measured, torch's own choice stands.
+    On compute capability 9.0 cuDNN's kernel is taken for D = 128 from 4,096 tokens: torch 2.11
+    picks it there by itself, older releases pick flash. ``bench/sdpa_kernels.py`` compares them;
+    until its results are in, torch's own choice stands everywhere else.
     """
     if config.kernel != "auto":
         return Choice(config.kernel, "configured")
@@ -146,5 +146,5 @@ def choose(request: AttentionRequest, config: SdpaConfig, environment: Environme
         and min(request.query_length or 0, request.key_length or 0) >= 4096
     )
     if measured and not limits_of("cudnn", request, environment):
-        return Choice("cudnn", "measured fastest on compute capability 9.0 from 4,096 tokens")
+        return Choice("cudnn", "cuDNN on compute capability 9.0 from 4,096 tokens")
     return Choice("default", "torch's own choice")
