@@ -16,7 +16,6 @@ import json
 import math
 import platform
 import random
-import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import commit
 from diffusers import WanPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,19 +162,6 @@ def evaluate(
         found = [each.result() for each in waiting]
     verdicts = [judge(seen, case.scene) for seen, case in zip(found, cases, strict=True)]
     return Outcome(cases, found, verdicts, time.monotonic() - start), kept
-
-
-def commit() -> str:
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "--verify", "HEAD"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:
-        return "uncommitted"
-    return head.stdout.strip() or "uncommitted"
 
 
 def environment(device: torch.device) -> dict[str, str]:

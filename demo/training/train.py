@@ -2,6 +2,10 @@
 
     python demo/training/train.py --work work-folder
 
+Stage two runs on several GPUs of one machine too, once there is an autoencoder:
+
+    torchrun --nproc-per-node 2 demo/training/train.py --work work-folder --vae-from work-folder/vae
+
 Files in the work folder: `vae/`, `model/` (the pipeline folder), `checkpoint.pt` to go on from (and
 `weights_half.pt`, a small one without the optimizer), `record/` (what was done, as JSON). Model and
 checkpoints are renewed every minute and a half, so that an interrupted run can be taken up again
@@ -26,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src
 
 from demo_training.diffusion_stage import DiffusionSettings, DiffusionTrainer, train_diffusion  # noqa: E402
 from demo_training.parallel_vae import NormSilu, rms_norm_silu  # noqa: E402
-from demo_training.runtime import log, machine, prepare  # noqa: E402
+from demo_training.runtime import Team, log, machine, prepare  # noqa: E402
 from demo_training.saving import save_pipeline  # noqa: E402
 from demo_training.vae_stage import VAESettings, train_vae  # noqa: E402
 
@@ -47,6 +51,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-seconds", type=float, help="time for the autoencoder")
     parser.add_argument("--diffusion-seconds", type=float, help="time for transformer and text")
     parser.add_argument("--learning-rate", type=float, help="of stage two, to go on more gently")
+    parser.add_argument(
+        "--decay-from", type=float, help="share of stage two after which the learning rate falls"
+    )
+    parser.add_argument("--pair-share", type=float, help="share of clips with two objects")
     parser.add_argument("--vae-from", type=Path, help="skip stage one; a trained autoencoder")
     parser.add_argument(
         "--resume", type=Path, help="go on with stage two: a checkpoint or a model folder"
@@ -62,8 +70,9 @@ def settings_from(options: argparse.Namespace) -> tuple[VAESettings, DiffusionSe
         vae = replace(vae, seconds=options.vae_seconds)
     if options.diffusion_seconds is not None:
         diffusion = replace(diffusion, seconds=options.diffusion_seconds)
-    if options.learning_rate is not None:
-        diffusion = replace(diffusion, learning_rate=options.learning_rate)
+    for name in ("learning_rate", "decay_from", "pair_share"):
+        if (value := getattr(options, name)) is not None:
+            diffusion = replace(diffusion, **{name: value})
     return vae, diffusion
 
 
@@ -93,7 +102,10 @@ def save_half_weights(trainer: DiffusionTrainer, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     vae_settings, diffusion_settings = settings_from(options)
-    work, device = options.work, torch.device(options.device)
+    work, team = options.work, Team(options.device)
+    device = team.device
+    if team.size > 1 and options.vae_from is None:
+        raise SystemExit("stage one runs in one process: train it first, then give --vae-from")
     work.mkdir(parents=True, exist_ok=True)
     prepare(device)
     norm_silu = fastest_norm(device)
@@ -107,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         vae = AutoencoderKLWan.from_pretrained(options.vae_from).to(device)
         vae.eval().requires_grad_(False)
 
-    trainer = DiffusionTrainer(diffusion_settings, vae, device, norm_silu)
+    trainer = DiffusionTrainer(diffusion_settings, vae, team, norm_silu)
     if options.resume is not None:
         trainer.load(options.resume)
     if device.type == "cuda":
@@ -120,8 +132,10 @@ def main(arguments: list[str] | None = None) -> None:
         save_half_weights(trainer, work / "weights_half.pt")
 
     record = train_diffusion(trainer, save_all)
-    write_record(work / "record" / "diffusion.json", {**machine(device), **asdict(record)})
-    log("saved", work / "model")
+    if team.leads:
+        write_record(work / "record" / "diffusion.json", {**machine(device), **asdict(record)})
+        log("saved", work / "model")
+    team.close()
 
 
 if __name__ == "__main__":

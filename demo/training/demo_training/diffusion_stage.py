@@ -35,6 +35,7 @@ from demo_training.parallel_vae import NormSilu, ParallelVAE, rms_norm_silu
 from demo_training.runtime import (
     Clock,
     MovingAverage,
+    Team,
     constant_then_linear,
     log,
     rounded,
@@ -79,6 +80,7 @@ class DiffusionSettings:
 @dataclass
 class DiffusionRecord:
     settings: dict[str, Any]
+    processes: int = 1
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -103,13 +105,14 @@ class LatentBank:
         tokenizer: PreTrainedTokenizerFast,
         device: torch.device,
         norm_silu: NormSilu,
+        seed: int,
     ) -> None:
         self.settings, self.device, self.tokenizer = settings, device, tokenizer
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.fast = ParallelVAE(vae, dtype, norm_silu)
         self.mean, self.std = latent_statistics(vae, device)
-        self.scenes = random.Random(settings.seed)
-        self.geometry = torch.Generator(device).manual_seed(settings.seed)
+        self.scenes = random.Random(seed)
+        self.geometry = torch.Generator(device).manual_seed(seed)
         shape = (settings.bank, *LATENT_SHAPE)
         self.centre = torch.empty(shape, device=device, dtype=torch.bfloat16)
         self.spread = torch.empty_like(self.centre)
@@ -171,18 +174,22 @@ class DiffusionTrainer:
     """Networks, optimizer and average of stage two, with its training step and its preview."""
 
     def __init__(
-        self, settings: DiffusionSettings, vae: AutoencoderKLWan, device: torch.device,
+        self, settings: DiffusionSettings, vae: AutoencoderKLWan, team: Team,
         norm_silu: NormSilu = rms_norm_silu,
     ) -> None:  # fmt: skip
         torch.manual_seed(settings.seed)
-        self.settings, self.device, self.vae = settings, device, vae
+        device = team.device
+        self.settings, self.device, self.vae, self.team = settings, device, vae, team
         self.tokenizer = build_tokenizer()
         self.transformer = build_transformer(settings.num_layers).to(device)
         self.text_encoder = build_text_encoder().to(device)
         self.parameters = _parameters(self.transformer, self.text_encoder)
         self.average = MovingAverage(self.parameters, settings.average)
         self.optimizers = self._optimizers()
-        self.bank = LatentBank(settings, vae, self.tokenizer, device, norm_silu)
+        # The same weights in every process, from here on other clips and other noise.
+        own_seed = settings.seed + 1000 * team.rank
+        torch.manual_seed(own_seed)
+        self.bank = LatentBank(settings, vae, self.tokenizer, device, norm_silu, own_seed)
         self.empty = tokenize(self.tokenizer, [""], device)
         self.bounds = torch.tensor(NOISE_BUCKETS, device=device)
         self.step = 0
@@ -255,6 +262,7 @@ class DiffusionTrainer:
         error, t = self.losses(long if use_long else short)
         self.zero_grad()
         error.mean().backward()
+        self.team.average(self.parameters)
         gradient = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, factor in zip(self.optimizers, (self.settings.muon_factor, 1), strict=True):
             set_learning_rate(optimizer, factor * rate)
@@ -362,17 +370,17 @@ def train_diffusion(
 ) -> DiffusionRecord:
     """Run the whole schedule of `trainer.settings`.
 
-    `on_checkpoint` is called every `checkpoint_every` seconds and once at the end.
+    `on_checkpoint` is called every `checkpoint_every` seconds and once at the end, in the first
+    process alone, which also makes the previews and whose losses are the ones recorded.
     """
-    settings, device = trainer.settings, trainer.device
-    record = DiffusionRecord(asdict(settings))
+    settings, device, team = trainer.settings, trainer.device, trainer.team
+    record = DiffusionRecord(asdict(settings), processes=team.size)
     first_step = trainer.step
     sums = torch.zeros(len(NOISE_BUCKETS) + 1, device=device)
     counts = torch.zeros_like(sums)
     marks = list(settings.preview_at)
     clock, next_checkpoint = Clock(settings.seconds), settings.checkpoint_every
-    while clock.share < 1 or trainer.step == first_step:
-        share = clock.share
+    while (share := team.agree(clock.share)) < 1 or trainer.step == first_step:
         rate = settings.learning_rate * constant_then_linear(share, settings.decay_from)
         rate *= warmup(trainer.step - first_step, settings.warmup_steps)
         if share < settings.refresh_until and trainer.step % settings.refresh_every == 0:
@@ -380,6 +388,8 @@ def train_diffusion(
         error, bucket, gradient = trainer.train_step(rate)
         sums.index_add_(0, bucket, error)
         counts.index_add_(0, bucket, torch.ones_like(error))
+        if not team.leads:
+            continue
         if trainer.step % settings.log_every == 0:
             means = sums / counts.clamp(min=1)
             row = rounded([trainer.step, clock.elapsed, *means.tolist(), gradient, rate])
@@ -396,7 +406,9 @@ def train_diffusion(
             on_checkpoint(trainer)
     record.seconds = round(clock.elapsed, 1)
     record.steps = trainer.step - first_step
-    record.samples = record.steps * settings.batch
+    record.samples = record.steps * settings.batch * team.size
+    if not team.leads:
+        return record
     if on_checkpoint is not None:
         on_checkpoint(trainer)
     record.previews.append(trainer.preview())

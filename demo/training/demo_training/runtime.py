@@ -1,8 +1,10 @@
-"""Small things both training stages share: device set-up, averaging, schedules, log lines."""
+"""Small things both training stages share: device set-up, averaging, schedules, log lines, and
+what several processes of one run need to agree on."""
 
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -10,11 +12,60 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
+class Team:
+    """The processes of one training run, one for each GPU; alone when there is only one.
+
+    Started by `torchrun`, whose environment variables it reads. Every process trains on clips of
+    its own and on the mean of all gradients, so that all of them hold the same weights.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = torch.device(device)
+        if self.size == 1:
+            return
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.size)
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def agree(self, number: float) -> float:
+        """The first process's value, so that clocks that differ lead to one schedule."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number], dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
 def log(*words: object) -> None:
-    print(*words, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, flush=True)
 
 
 def prepare(device: torch.device) -> None:
