@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -64,19 +65,24 @@ def _cpu_name() -> str:
 
 
 def gpu_milliseconds(
-    variants: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 2
+    variants: Mapping[str, Callable[[], Any]], *, repeats: int = 8, warmup: int = 2
 ) -> dict[str, float]:
-    """Median milliseconds of each variant, timed in turns."""
+    """Median milliseconds of each variant, timed in turns.
+
+    The turns come in another order every round: at video lengths the GPU's clock depends on how
+    much power the kernel before took, which would favour whoever follows a slow one.
+    """
     for function in variants.values():
         for _ in range(warmup):
             function()
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, function in variants.items():
+        for name in order.sample(list(variants), len(variants)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            function()
+            variants[name]()
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end))

@@ -11,6 +11,7 @@ flips process-wide switches that other threads would see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,7 @@ class TorchSdpa:
         self.why = why
         self.fused = _fused_kernel(kernel, on_cpu)
         self.aligned_mask = request.is_causal and request.query_length != request.key_length
+        self.needs_grad = request.needs_grad
         self.masked = request.mask != "none" or self.aligned_mask
         self.facts: dict[str, object] | None = None
 
@@ -99,23 +101,18 @@ class TorchSdpa:
             # turns into its minimum: exp then overflows. Moving the sign into q is exact.
             q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
         mask = call.mask
-        if mask is not None and call.mask_kind == "key_padding":
+        is_padding = call.mask_kind == "key_padding"
+        if is_padding:
+            assert mask is not None
             hidden = ~mask[:, 0, 0, :, None, None]
             k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
         is_causal = call.is_causal
         if is_causal and (mask is not None or self.aligned_mask):
             mask, is_causal = _and_causal(mask, q.shape[1], k.shape[1], q.device), False
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        visible = None
-        if mask is not None:
-            # A row without keys is given all of them, and its result is put right afterwards: no
-            # kernel, and no backward pass, then meets a softmax over nothing.
-            if mask.dtype is torch.bool:
-                visible = mask.any(-1, keepdim=True)
-                mask = mask | ~visible
-            else:
-                visible = (mask != float("-inf")).any(-1, keepdim=True)
-                mask = mask.masked_fill(~visible, 0)
+        mask, visible = self._without_empty_rows(mask, call)
+        if is_padding and not call.is_causal and not call.return_lse:
+            visible = None  # rows that see no key have averaged values that are all zero
         if self.facts is None:
             self.facts = {"kernel": self._kernel_name(q, k, v, mask, call)}
         call.facts = self.facts
@@ -137,15 +134,33 @@ class TorchSdpa:
             if call.return_lse:
                 lse = _exact_lse(q, k, mask, is_causal, scale)
         if visible is not None:
-            out = out.masked_fill(~visible, 0)
+            out = (
+                out.masked_fill(~visible, 0) if out.requires_grad else out.masked_fill_(~visible, 0)
+            )
         out = out.transpose(1, 2)
         if not call.return_lse:
             return out
         assert lse is not None
         lse = lse.detach().float()
         if visible is not None:
-            lse = lse.masked_fill(~visible.squeeze(-1), float("-inf"))
+            lse = lse.masked_fill(~visible.squeeze(-1), -math.inf)
         return out, lse
+
+    def _without_empty_rows(
+        self, mask: torch.Tensor | None, call: AttentionCall
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The mask, and which of its rows see a key at all: the result of the others is put right.
+
+        Until then a row without keys is given all of them wherever a softmax over nothing would
+        show: in averaged values, in a log-sum-exp, and in a backward pass.
+        """
+        if mask is None:
+            return None, None
+        is_boolean = mask.dtype is torch.bool
+        visible = mask.any(-1, keepdim=True) if is_boolean else mask.amax(-1, True) != -math.inf
+        if call.mask_kind == "key_padding" or call.return_lse or self.needs_grad:
+            mask = mask | ~visible if is_boolean else mask.masked_fill(~visible, 0)
+        return mask, visible
 
     def _kernel_name(
         self,
@@ -191,14 +206,14 @@ def _and_causal(
         return causal[None, None]
     if mask.dtype is torch.bool:
         return mask & causal
-    return mask.masked_fill(~causal, float("-inf"))
+    return mask.masked_fill(~causal, -math.inf)
 
 
 def _as_bias(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     """A mask as the additive bias the fused operators take."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
 
 
 def _exact_lse(
@@ -220,13 +235,11 @@ def _exact_lse(
             seen = torch.arange(keys, device=q.device) <= torch.arange(
                 rows.start, rows.stop, device=q.device
             ).unsqueeze(-1)
-            scores = scores.masked_fill(~seen, float("-inf"))
+            scores = scores.masked_fill(~seen, -math.inf)
         if mask is not None:
             part = mask if mask.shape[2] == 1 else mask[:, :, rows]
             scores = (
-                scores.masked_fill(~part, float("-inf"))
-                if part.dtype is torch.bool
-                else scores + part
+                scores.masked_fill(~part, -math.inf) if part.dtype is torch.bool else scores + part
             )
         parts.append(scores.logsumexp(-1))
     return torch.cat(parts, dim=2)

@@ -132,19 +132,21 @@ class Choice:
 def choose(request: AttentionRequest, config: SdpaConfig, environment: Environment) -> Choice:
     """The kernel for a request: the configured one, or the one expected to be fastest.
 
-    On compute capability 9.0 cuDNN's kernel is taken for D = 128 from 4,096 tokens: torch 2.11
-    picks it there by itself, older releases pick flash. ``bench/sdpa_kernels.py`` compares them;
-    until its results are in, torch's own choice stands everywhere else.
+    On compute capability 9.0 cuDNN's kernel is the fastest of torch's from 2,304 queries on, 1.3
+    to 1.8 times as fast as flash for D = 40 to 128 (bench/results/sdpa_kernels.md). Torch 2.11
+    takes it there by itself, older releases take flash. Everywhere else torch's own choice stands:
+    no measurement has shown a better one.
     """
     if config.kernel != "auto":
         return Choice(config.kernel, "configured")
     measured = (
         environment.platform == "cuda"
         and environment.arch == "9.0"
-        and request.head_dim == 128
+        and request.head_dim is not None
+        and 40 <= request.head_dim <= 128
         and request.mask == "none"
-        and min(request.query_length or 0, request.key_length or 0) >= 4096
+        and (request.query_length or 0) >= 2304
     )
     if measured and not limits_of("cudnn", request, environment):
-        return Choice("cudnn", "cuDNN on compute capability 9.0 from 4,096 tokens")
+        return Choice("cudnn", "cuDNN on compute capability 9.0 from 2,304 queries")
     return Choice("default", "torch's own choice")
