@@ -27,7 +27,7 @@ from polyattn.contract import (
     default_scale,
 )
 from polyattn.discovery import RegisteredBackend, registry
-from polyattn.errors import BackendUnavailableError, InputError
+from polyattn.errors import BackendUnavailableError, InputError, KernelError, PolyattnError
 from polyattn.inputs import request_of, view_mask
 from polyattn.reporting import Row, current_report
 from polyattn.selection import Scope, Selection, load_factory, local_environment, select
@@ -171,6 +171,12 @@ class _Decision:
             self.last = (row, epoch, phase)
         return row
 
+    def words(self) -> str:
+        """The request, for an error."""
+        causal = " causal" if self.plain_call.is_causal else ""
+        mask = "" if self.mask_kind == "none" else f" {self.mask_kind.replace('_', '-')} mask"
+        return f"{self.shape}{causal}{mask} scale={self.scale:.6g}"
+
     def check_result(self, result: Any, q: torch.Tensor, return_lse: bool) -> None:
         """Hold the first result of an implementation against the contract."""
         if self.checked:
@@ -191,6 +197,30 @@ class _Decision:
                 f"{list(q.shape)} {q.dtype}; please report it to the plugin's author"
             )
         self.checked = True
+
+
+def _explained(error: Exception, chosen: Selection, request: str) -> KernelError | None:
+    """What a plugin or its vendor's kernel raised, with who it was and what it was asked."""
+    if isinstance(error, (PolyattnError, torch.OutOfMemoryError)):
+        return None  # says it already, or is what callers wait for by its class
+    backend = registry().backends.get(chosen.chosen)
+    versions = []
+    if backend is not None:
+        installed = local_environment().distributions
+        versions = [f"{backend.distribution} {backend.version}"]
+        versions += [
+            f"{each.distribution} {installed[each.distribution]}"
+            for each in backend.spec.requirements
+            if each.distribution in installed
+        ]
+    lost = "CUDA error" in str(error) or "HIP error" in str(error)
+    return KernelError(
+        f"the backend {chosen.chosen!r} ({', '.join(versions) or 'no longer installed'}) raised "
+        f"{type(error).__name__}: {error}\n  for {request}, parameters "
+        f"{dict(chosen.parameters)}, torch {torch.__version__}"
+        + ("\n  this process has lost its device: start a new one" if lost else ""),
+        hint="polyattn doctor --deep, or another backend (polyattn backends)",
+    )
 
 
 _decisions: dict[Any, _Decision] = {}
@@ -366,7 +396,12 @@ def attend(
         call = decision.plain_call
     else:
         call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras)
-    result = decision.implementation(q, k, v, call)
+    try:
+        result = decision.implementation(q, k, v, call)
+    except Exception as error:
+        if (explained := _explained(error, decision.selection, decision.words())) is None:
+            raise
+        raise explained from error
     row, epoch, _ = decision.last
     if row is not None and epoch is current_report().epoch:
         if row.last_facts is call.facts:
@@ -399,7 +434,12 @@ def _attend_in_context(
         if phase is not None and decision.dense is not None:
             decision = decision.dense
     call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras, context)
-    result = decision.implementation(q, k, v, call)
+    try:
+        result = decision.implementation(q, k, v, call)
+    except Exception as error:
+        if (explained := _explained(error, decision.selection, decision.words())) is None:
+            raise
+        raise explained from error
     decision.check_result(result, q, return_lse)
     decision.row(phase).count(context, call.facts)
     return result
@@ -469,7 +509,12 @@ def _decide(
         parameters = validate(backend.spec, chosen.parameters)
         factory = load_factory(backend)
         assert factory is not None
-        implementation = factory(parameters, request, environment)
+        try:
+            implementation = factory(parameters, request, environment)
+        except Exception as error:
+            if (explained := _explained(error, chosen, str(request))) is None:
+                raise
+            raise explained from error
         schedule = parameters if isinstance(parameters, ScheduledConfig) else None
         if dense is None:
             schedule = None

@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "GenerateError",
     "InputError",
+    "KernelError",
     "PolyattnError",
     "SelectionConflictError",
     "UnknownBackendError",
@@ -56,6 +57,10 @@ class BackendUnavailableError(PolyattnError, RuntimeError):
     ) -> None:
         super().__init__(message, hint=hint)
         self.trace = trace
+
+
+class KernelError(PolyattnError, RuntimeError):
+    """A backend raised while it was built or ran; ``__cause__`` is its own error."""
 
 
 class SelectionConflictError(PolyattnError, RuntimeError):

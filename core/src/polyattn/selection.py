@@ -24,7 +24,13 @@ from polyattn.config import load_config, per_backend, validate
 from polyattn.contract import AttentionRequest, BackendSpec, Reason, ScheduledConfig
 from polyattn.discovery import RegisteredBackend, registry
 from polyattn.environment import Environment
-from polyattn.errors import BackendUnavailableError, InputError, SelectionConflictError
+from polyattn.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    InputError,
+    PolyattnError,
+    SelectionConflictError,
+)
 from polyattn.naming import backend_named, how_to_get_a_backend, resolve_name
 from polyattn.probing import (
     RUNTIME_MISSING,
@@ -255,12 +261,19 @@ def _automatic(
     why: str | None = None,
     trace: tuple[Candidate, ...] = (),
 ) -> Selection:
-    """The preferred exact backend that can serve the request."""
+    """The preferred exact backend that can serve the request with the given parameters."""
     candidates = list(trace)
+    misfits: list[ConfigError] = []
     for each in sorted(registry().backends.values(), key=_preference):
         if each.spec.kind != "exact":
             continue
-        parameters = _parameters(each, each.name, given)
+        try:
+            parameters = _parameters(each, each.name, given)
+        except ConfigError as error:  # meant for another backend, or for none: see below
+            misfits.append(error)
+            reason = Reason(code="config", message=error.message)
+            candidates.append(Candidate(name=each.name, reasons=(reason,)))
+            continue
         reasons = _all_reasons(each.spec, request, parameters, environment)
         candidates.append(Candidate(name=each.name, reasons=tuple(reasons)))
         if not reasons:
@@ -274,6 +287,8 @@ def _automatic(
                 why or "the preferred exact backend that can serve this",
                 tuple(candidates),
             )
+    if misfits and len(misfits) == len(candidates) - len(trace):
+        raise next((each for each in misfits if each.hint), misfits[0])
     if not registry().backends:
         raise BackendUnavailableError(
             "no attention backend is installed; polyattn itself contains none",
@@ -441,9 +456,14 @@ def load_factory(backend: RegisteredBackend) -> Any | None:
         try:
             _factories[spec.name] = pkgutil.resolve_name(spec.implementation)
         except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            hint = None
+            if isinstance(error, PolyattnError):  # the plugin's own account of what it found
+                words, hint = error.message, error.hint
             _broken[spec.name] = Reason(
                 code="kernel-import-failed",
                 message=f"{backend.distribution} {backend.version} is installed but "
-                f"{spec.implementation} does not load: {type(error).__name__}: {error}",
+                f"{spec.implementation} does not load: {words}",
+                hint=hint,
             )
     return _factories.get(spec.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -25,6 +26,7 @@ from polyattn.errors import (
     BackendUnavailableError,
     ConfigError,
     InputError,
+    KernelError,
     PolyattnError,
     SelectionConflictError,
     UnknownBackendError,
@@ -282,6 +284,24 @@ def build_recorder(config: Any, request: Any, environment: Any) -> Recorder:
     return Recorder()
 
 
+def build_raising(*_: Any) -> Any:
+    def run(*_: Any) -> Any:
+        raise ZeroDivisionError("no such tile")
+
+    return run
+
+
+def build_that_raises(*_: Any) -> Any:
+    raise ZeroDivisionError("no such tile")
+
+
+def build_greedy(*_: Any) -> Any:
+    def run(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return run
+
+
 def build_wrong(config: Any, request: Any, environment: Any) -> Any:
     return lambda q, k, v, call: q[:, :1]
 
@@ -363,6 +383,28 @@ def test_a_backend_that_breaks_its_contract_is_named() -> None:
     with isolated_registry(spec("broken", implementation=f"{__name__}:build_wrong")):
         with pytest.raises(BackendUnavailableError, match=r"'broken' broke its contract"):
             polyattn.attention(*qkv())
+
+
+@pytest.mark.parametrize("where", ["function", "layer", "factory"])
+def test_what_a_kernel_raises_is_told_with_who_and_what(where: str) -> None:
+    """Backend, version, request and the way out; the kernel's own error is the cause."""
+    factory = "build_that_raises" if where == "factory" else "build_raising"
+    with isolated_registry(spec("faulty", implementation=f"{__name__}:{factory}")):
+        function = partial(polyattn.attention, backend="faulty")
+        call = LocalAttention("faulty") if where == "layer" else function
+        with pytest.raises(KernelError) as caught:
+            call(*qkv())
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    size = f"head_dim={D}" if where == "factory" else f"D={D}"
+    for told in ("'faulty'", "ZeroDivisionError: no such tile", size, "float32"):
+        assert told in str(caught.value)
+    assert "polyattn doctor --deep" in (caught.value.hint or "")
+
+
+def test_running_out_of_memory_keeps_its_class() -> None:
+    with isolated_registry(spec("greedy", implementation=f"{__name__}:build_greedy")):
+        with pytest.raises(torch.OutOfMemoryError):
+            polyattn.attention(*qkv(), backend="greedy")
 
 
 def test_an_implementation_that_does_not_load_is_a_reason() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 import polyattn
 from polyattn import selection, settings
@@ -43,6 +43,12 @@ class SparseConfig(ScheduledConfig):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sparsity: float = Field(0.5, ge=0, le=1)
+
+
+class KernelConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kernel: str = "auto"
 
 
 def spec(name: str, *, kind: str = "exact", can: dict[str, Any] | None = None, **more: Any) -> Any:
@@ -146,6 +152,16 @@ def test_automatic_never_leaves_exact_backends() -> None:
     decision = select(request=HALF, environment=HOPPER)
     assert decision.chosen == "fa"
     assert "sage_attn" not in {each.name for each in decision.trace}
+
+
+def test_parameters_without_a_name_choose_among_the_backends_that_have_them() -> None:
+    with isolated_registry(FLASH, spec("torch_sdpa", config=KernelConfig), spec("other")):
+        decision = select(request=HALF, environment=HOPPER, config="kernel=math")
+        assert decision.chosen == "torch_sdpa"
+        assert decision.trace[0].name == "fa"
+        assert "no parameter 'kernel'" in decision.trace[0].reasons[0].message
+        with pytest.raises(ConfigError, match="'kernl'"):
+            select(request=HALF, environment=HOPPER, config="kernl=math")
 
 
 def test_the_trace_holds_every_candidate_and_reason() -> None:

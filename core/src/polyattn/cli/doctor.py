@@ -204,8 +204,8 @@ def _backend_problems(data: Data) -> list[Data]:
                 problems.append(_problem("error", message, reason["hint"]))
     for name, trial in (data["trials"] or {}).items():
         if trial["status"] == "failed":
-            message = f"{name} does not work here: {trial['message']}"
-            problems.append(_problem("error", message, "polyattn doctor --deep --json"))
+            lines = [f"{name} does not work here: {trial['message']}", *trial.get("stderr", ())]
+            problems.append(_problem("error", "\n  ".join(lines), trial.get("hint")))
     return problems
 
 

@@ -1,8 +1,9 @@
 """Trying things that may crash, in a process of their own: ``import torch``, one backend.
 
 :func:`run_trial` starts this module as a child and turns whatever becomes of it into a value: an
-answer, an error, a signal, a time-out. The child answers with one marked line of JSON, so nothing
-that a library prints can be taken for it.
+answer, an error, a signal, a time-out. The child answers in a file, so nothing that a library
+prints can be taken for it; what it starts itself, such as a compiler, is ended with it.
+``python -m polyattn.cli.trial backend NAME``, typed by hand, answers on stdout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyattn.errors import PolyattnError
@@ -27,7 +31,8 @@ __all__ = ["run_trial"]
 
 Data = dict[str, Any]
 
-MARK = "polyattn-trial:"
+MODULE = "polyattn.cli.trial"
+LAST_LINES = 5  # of a failed trial's stderr
 SECONDS_TO_WAIT = 180.0
 TRIAL_GRID = (6, 8, 8)  # one tile of the sparse methods that work on tiles
 # Relative error against float64: far above rounding, far below what a wrong kernel gives.
@@ -35,31 +40,74 @@ TOLERANCE = {"exact": 0.03, "quantized": 0.15}
 
 
 def run_trial(*arguments: str, seconds: float = SECONDS_TO_WAIT) -> Data:
-    """Run this module with ``arguments`` in a child; ``status`` is ok, refused or failed."""
+    """Run this module with ``arguments`` in a child; ``status`` is ok, refused or failed.
+
+    A failed trial also has the last lines of the child's ``stderr``, and a ``hint``: the command
+    that repeats it.
+    """
     # A global choice of backend is not what is tried here, and could fail the trial by itself.
     environment = {key: value for key, value in os.environ.items() if key != "POLYATTN_BACKEND"}
+    with tempfile.TemporaryDirectory() as folder:
+        answer_file, errors_file = Path(folder, "answer"), Path(folder, "stderr")
+        command = [sys.executable, "-m", MODULE, *arguments, f"--answer={answer_file}"]
+        try:
+            with errors_file.open("wb") as errors:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            return _failed(f"cannot start {sys.executable}: {error}")
+        try:
+            code: int | None = child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(child)
+        lines = errors_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        result = _result(code, _read(answer_file), seconds)
+    if result["status"] == "failed":
+        result["stderr"] = [line for line in lines if line.strip()][-LAST_LINES:]
+        if code != 0 and result["stderr"]:
+            result["message"] += f": {result['stderr'][-1]}"
+        result["hint"] = f"python -X faulthandler -m {MODULE} {' '.join(arguments)}"
+        if "CUDA error" in result["message"]:  # which is reported later than it happened
+            result["hint"] = f"CUDA_LAUNCH_BLOCKING=1 {result['hint']}"
+    return result
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and everything it started: they share a session."""
+    if hasattr(os, "killpg"):
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # nobody is left
+    child.kill()
+    child.wait()
+
+
+def _read(answer_file: Path) -> Data | None:
     try:
-        child = subprocess.run(
-            [sys.executable, "-m", "polyattn.cli.trial", *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            timeout=seconds,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        answer: Data = json.loads(answer_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it ended before, or while, it wrote its answer
+        return None
+    return answer
+
+
+def _result(code: int | None, answer: Data | None, seconds: float) -> Data:
+    if code is None:
         return _failed(f"did not finish within {seconds:g} s")
-    except OSError as error:
-        return _failed(f"cannot start {sys.executable}: {error}")
-    answers = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
-    if answers:
-        answer: Data = json.loads(answers[-1].removeprefix(MARK))
-        return answer
-    lines = child.stderr.strip().splitlines()
-    last_words = f": {lines[-1]}" if lines else ""
-    return _failed(f"{_ending(child.returncode)}{last_words}")
+    if answer is None:
+        return _failed(_ending(code) + (" before it answered" if code >= 0 else ""))
+    if code != 0 and answer["status"] != "failed":
+        said = "ran" if answer["status"] == "ok" else f"was refused ({answer['message']})"
+        return {**answer, **_failed(f"{said}, and then {_ending(code)}")}
+    return answer
 
 
 def _failed(message: str) -> Data:
@@ -71,7 +119,7 @@ def _ending(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:
-        return f"crashed with {signal.Signals(-code).name}"
+        return f"crashed with {signal.Signals(-code).name} (signal {-code})"
     except ValueError:
         return f"crashed with signal {-code}"
 
@@ -99,7 +147,11 @@ def _try_backend(name: str) -> Data:
     from polyattn.naming import backend_named
 
     spec = backend_named(name).spec
-    pkgutil.resolve_name(spec.implementation)
+    try:
+        pkgutil.resolve_name(spec.implementation)
+    except Exception as problem:  # a refusal too: what is usable has to load
+        traceback.print_exc()
+        return _failed(f"{spec.implementation} does not load: {type(problem).__name__}: {problem}")
 
     import torch
 
@@ -150,14 +202,21 @@ def _relative_error(
     return float((found - expected).norm() / expected.norm())
 
 
-def _main(what: str, *names: str) -> None:
+def _main(what: str, *words: str) -> None:
+    names = [word for word in words if not word.startswith("--answer=")]
     try:
         answer = _try_torch() if what == "torch" else _try_backend(*names)
     except PolyattnError as error:
         answer = {"status": "refused", "message": str(error)}
     except Exception as error:
+        traceback.print_exc()
         answer = _failed(f"{type(error).__name__}: {error}")
-    print(f"\n{MARK}{json.dumps(answer)}", flush=True)
+    text = json.dumps(answer)
+    for word in words:
+        if word.startswith("--answer="):
+            Path(word.removeprefix("--answer=")).write_text(text, encoding="utf-8")
+            return
+    print(text)
 
 
 if __name__ == "__main__":
