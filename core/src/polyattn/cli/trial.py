@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyattn.errors import PolyattnError
+from polyattn.errors import KernelError, PolyattnError
 
 if TYPE_CHECKING:
     import torch
@@ -206,6 +206,9 @@ def _main(what: str, *words: str) -> None:
     names = [word for word in words if not word.startswith("--answer=")]
     try:
         answer = _try_torch() if what == "torch" else _try_backend(*names)
+    except KernelError as error:
+        traceback.print_exc()
+        answer = _failed(error.message)
     except PolyattnError as error:
         answer = {"status": "refused", "message": str(error)}
     except Exception as error:
