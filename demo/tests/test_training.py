@@ -12,14 +12,29 @@ import torch
 pytest.importorskip("diffusers")
 
 import train
-from demo_training.diffusion_stage import draw_times, encode_text, shifted, tokenize
-from demo_training.networks import build_text_encoder, build_tokenizer
+from demo_training.diffusion_stage import draw_times, encode_text, shifted
+from demo_training.networks import build_text_encoder, build_tokenizer, tokenize
 from demo_training.runtime import MovingAverage, constant_then_linear, cosine
+from demo_training.text_stage import example
 from demo_training.vae_stage import VAESettings, kl_divergence, reconstruction_loss
 from diffusers import WanPipeline
 from folder_checks import check_configs, check_defaults, check_files, check_pipeline
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from polyattn_demo.clips import draw_pair
+from polyattn_demo import model_path
+from polyattn_demo.clips import draw_pair, parse_prompt
+
+
+@pytest.fixture(scope="module")
+def shipped_text():
+    """A function from a prompt to the states [tokens, width] of the shipped text encoder."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path() / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(model_path() / "text_encoder")
+    return lambda prompt: encoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +68,7 @@ def test_training_can_be_taken_up_again(work, tmp_path, checkpoint):
     before = torch.load(work / checkpoint, weights_only=True)
     train.main(
         ["--smoke", "--device", "cpu", "--work", str(tmp_path), "--vae-from", str(work / "vae"),
-         "--resume", str(work / checkpoint)]
+         "--text-from", str(work / "text_encoder"), "--resume", str(work / checkpoint)]
     )  # fmt: skip
     after = torch.load(tmp_path / checkpoint, weights_only=True)
     assert after["step"] > before["step"]
@@ -74,6 +89,28 @@ def test_text_states_do_not_depend_on_padding():
         alone = encoder(ids).last_hidden_state[0]
         assert torch.allclose(padded[: len(alone)], alone, atol=1e-5)
         assert not bool(padded[len(alone) :].any())
+
+
+def test_words_of_the_second_object_are_told_apart():
+    """The `and` of a direction is not the one between two objects."""
+    scene = parse_prompt("a red circle moving up and right and a blue star moving down and left")
+    prompt, second = example(scene)
+    told = dict(zip([*enumerate(prompt.split()), (None, "end")], second, strict=True))
+    assert [word for (_, word), later in told.items() if later] == [
+        "a", "blue", "star", "moving", "down", "and", "left",
+    ]  # fmt: skip
+    assert not any(example(parse_prompt("a red circle growing"))[1])
+    assert example(None) == ("", [False])
+
+
+def test_the_shipped_text_encoder_tells_which_object_a_word_speaks_of(shipped_text):
+    """Its states differ between the two objects and are otherwise those of the word alone."""
+
+    first = shipped_text("a red circle moving up and a blue star moving down")
+    second = shipped_text("a blue star moving down and a red circle moving up")
+    assert relative(first[1], second[7]) > 0.3  # red
+    assert relative(first[8], second[2]) > 0.3  # star
+    assert relative(first[1], shipped_text("a red square growing")[1]) < 0.1
 
 
 def test_first_frame_and_objects_weigh_more():

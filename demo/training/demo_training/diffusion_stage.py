@@ -1,4 +1,4 @@
-"""Stage two: transformer and text encoder together, by flow matching on the latents of stage one.
+"""The transformer, by flow matching on the latents of the autoencoder and the encoded prompts.
 
 With clean latents x and noise e, a noisy latent is (1 - t) x + t e, and the network learns the
 velocity e - x from it, from t and from the prompt. One prompt in ten is empty, which is what
@@ -26,10 +26,10 @@ from demo_training.networks import (
     LATENT_CHANNELS,
     MAX_PROMPT_TOKENS,
     TRAIN_SHIFT,
-    build_text_encoder,
     build_tokenizer,
     build_transformer,
     latent_statistics,
+    tokenize,
 )
 from demo_training.parallel_vae import NormSilu, ParallelVAE, rms_norm_silu
 from demo_training.runtime import (
@@ -142,15 +142,6 @@ class LatentBank:
         return centre + spread * torch.randn_like(centre), self.tokens[rows]
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], device: torch.device
-) -> Tensor:
-    batch = tokenizer(
-        list(prompts), padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
-    )
-    return batch.input_ids.to(device)
-
-
 def encode_text(encoder: UMT5EncoderModel, tokens: Tensor, length: int) -> Tensor:
     """Text states with zeros from the end of each prompt up to `length`."""
     mask = tokens != encoder.config.pad_token_id
@@ -171,19 +162,22 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 
 class DiffusionTrainer:
-    """Networks, optimizer and average of stage two, with its training step and its preview."""
+    """The transformer with its optimizers and average, its training step and its preview.
+
+    Autoencoder and text encoder are given and stay as they are.
+    """
 
     def __init__(
-        self, settings: DiffusionSettings, vae: AutoencoderKLWan, team: Team,
-        norm_silu: NormSilu = rms_norm_silu,
+        self, settings: DiffusionSettings, vae: AutoencoderKLWan, text_encoder: UMT5EncoderModel,
+        team: Team, norm_silu: NormSilu = rms_norm_silu,
     ) -> None:  # fmt: skip
         torch.manual_seed(settings.seed)
         device = team.device
         self.settings, self.device, self.vae, self.team = settings, device, vae, team
         self.tokenizer = build_tokenizer()
         self.transformer = build_transformer(settings.num_layers).to(device)
-        self.text_encoder = build_text_encoder().to(device)
-        self.parameters = _parameters(self.transformer, self.text_encoder)
+        self.text_encoder = text_encoder.to(device)
+        self.parameters = list(self.transformer.parameters())
         self.average = MovingAverage(self.parameters, settings.average)
         self.optimizers = self._optimizers()
         # The same weights in every process, from here on other clips and other noise.
@@ -245,7 +239,9 @@ class DiffusionTrainer:
         settings = self.settings
         clean, tokens = self.bank.draw(settings.batch)
         dropped = torch.rand(settings.batch, 1, device=self.device) < settings.empty_share
-        context = encode_text(self.text_encoder, torch.where(dropped, self.empty, tokens), length)
+        with torch.no_grad():
+            tokens = torch.where(dropped, self.empty, tokens)
+            context = encode_text(self.text_encoder, tokens, length)
         t = draw_times(settings.batch, self.device)
         noise = torch.randn_like(clean)
         weight = t.view(-1, 1, 1, 1, 1)
@@ -271,24 +267,20 @@ class DiffusionTrainer:
         self.average.update(self.step)
         return error.detach(), torch.bucketize(t, self.bounds), gradient
 
-    def averaged(self) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
-        """Copies of the networks with averaged weights, in eval mode."""
+    def averaged(self) -> WanTransformer3DModel:
+        """A copy of the transformer with averaged weights, in eval mode."""
         transformer = build_transformer(self.settings.num_layers).to(self.device)
-        text_encoder = build_text_encoder().to(self.device)
-        self.average.copy_to(_parameters(transformer, text_encoder))
-        return (
-            transformer.eval().requires_grad_(False),
-            text_encoder.eval().requires_grad_(False),
-        )
+        self.average.copy_to(transformer.parameters())
+        return transformer.eval().requires_grad_(False)
 
     @torch.no_grad()
     def generate(self, scenes: Sequence[Scene], seed: int) -> Tensor:
         """Videos [B, T, 3, H, W] in [0, 1] by Euler steps, for a look in between."""
         settings = self.settings
-        transformer, text_encoder = self.averaged()
+        transformer = self.averaged()
         tokens = tokenize(self.tokenizer, [s.prompt for s in scenes], self.device)
         tokens = torch.cat([tokens, self.empty.expand(len(scenes), -1)])
-        context = encode_text(text_encoder, tokens, settings.context_lengths[0])
+        context = encode_text(self.text_encoder, tokens, settings.context_lengths[0])
         noise = torch.Generator(self.device).manual_seed(seed)
         x = torch.randn(len(scenes), *LATENT_SHAPE, generator=noise, device=self.device)
         grid = torch.linspace(1, 0, settings.preview_steps + 1, device=self.device)
@@ -326,7 +318,6 @@ class DiffusionTrainer:
         state = {
             "step": self.step,
             "transformer": self.transformer.state_dict(),
-            "text_encoder": self.text_encoder.state_dict(),
             "average": self.average.average,
             "optimizers": [each.state_dict() for each in self.optimizers],
         }
@@ -338,15 +329,10 @@ class DiffusionTrainer:
         """Go on from `save`, or from a pipeline folder; weights alone start with new optimizers."""
         if path.is_dir():
             transformer = WanTransformer3DModel.from_pretrained(path / "transformer")
-            text_encoder = UMT5EncoderModel.from_pretrained(path / "text_encoder")
-            state: dict[str, Any] = {
-                "transformer": transformer.float().state_dict(),
-                "text_encoder": text_encoder.float().state_dict(),
-            }
+            state: dict[str, Any] = {"transformer": transformer.float().state_dict()}
         else:
             state = torch.load(path, map_location=self.device, weights_only=True)
         self.transformer.load_state_dict(state["transformer"])
-        self.text_encoder.load_state_dict(state["text_encoder"])
         self.step = state.get("step", 0)
         for optimizer, kept in zip(self.optimizers, state.get("optimizers", ()), strict=False):
             optimizer.load_state_dict(kept)
@@ -358,10 +344,6 @@ def _without(
 ) -> list[nn.Parameter]:
     known = {id(parameter) for parameter in left_out}
     return [parameter for parameter in parameters if id(parameter) not in known]
-
-
-def _parameters(*networks: nn.Module) -> list[nn.Parameter]:
-    return [parameter for network in networks for parameter in network.parameters()]
 
 
 def train_diffusion(

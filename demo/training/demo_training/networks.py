@@ -6,6 +6,8 @@ saved folder is loaded by the code that loads any `WanPipeline` folder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -42,6 +44,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=MODEL_MAX_LENGTH,
         padding_side="right",
     )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], device: torch.device
+) -> Tensor:
+    """Token ids [B, MAX_PROMPT_TOKENS]."""
+    batch = tokenizer(
+        list(prompts), padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
+    )
+    return batch.input_ids.to(device)
 
 
 def build_text_encoder() -> UMT5EncoderModel:

@@ -207,7 +207,7 @@ def _main(what: str, *words: str) -> None:
     try:
         answer = _try_torch() if what == "torch" else _try_backend(*names)
     except KernelError as error:
-        traceback.print_exc()
+        traceback.print_exception(error.__cause__ or error)
         answer = _failed(error.message)
     except PolyattnError as error:
         answer = {"status": "refused", "message": str(error)}
