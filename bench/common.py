@@ -42,17 +42,24 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of these sources; a copy without its history is told by POLYATTN_COMMIT."""
+    """The commit of these sources, with a `+` where files differ from it.
+
+    A copy without its history is told by POLYATTN_COMMIT.
+    """
     if told := os.environ.get("POLYATTN_COMMIT"):
         return told
     try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        return answer.stdout.strip()
+        head = _git("rev-parse", "--short", "HEAD")
+        return f"{head}+" if _git("status", "--porcelain", "--untracked-files=no") else head
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    answer = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return answer.stdout.strip()
 
 
 def _cpu_name() -> str:

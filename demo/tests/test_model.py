@@ -68,12 +68,13 @@ REGRESSION_CASES = (  # prompt and seed, seen to pass with the shipped weights
     ("a blue square moving up", 1),
     ("a yellow triangle moving down and left", 2),
     ("a green star growing", 4),
+    ("a red circle moving right and a blue square moving up", 5),
 )
 
 
 @pytest.mark.slow
 def test_regression_on_fixed_seeds(pipeline):
-    """Four fixed prompts and seeds that passed when the model was shipped.
+    """Five fixed prompts and seeds that passed when the model was shipped.
 
     This shows that loading and sampling still work, not how good the model is: the measure of
     quality is `bench/demo_quality.py`, over more than a thousand seeds.

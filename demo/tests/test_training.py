@@ -34,7 +34,7 @@ def shipped_text():
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 @pytest.fixture(scope="module")
