@@ -16,7 +16,8 @@ Semantics every implementation keeps (they are checked by the kit):
   broadcastable to ``[B, H, Sq, Sk]``. Keys hidden by a key-padding mask may hold NaN.
 * Causal is aligned to the bottom right when Sq != Sk: query i sees keys up to i + Sk - Sq.
 * A query row that sees no key gives zeros, and a log-sum-exp of -inf.
-* ``scale`` multiplies q @ k^T; the dispatcher always passes a number.
+* ``scale`` multiplies q @ k^T; the dispatcher always passes a positive number (the sign of another
+  is in the q it passes).
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ class AttentionRequest:
 
 @dataclass(slots=True)
 class AttentionCall:
-    """What one call carries beside q, k and v. ``scale`` is a number, ``mask`` is 4-D or None.
+    """What one call carries beside q, k and v. ``scale`` is positive, ``mask`` is 4-D or None.
 
     An implementation may set ``facts`` (a flat mapping such as ``{"kernel": "cudnn"}`` or
     ``{"density": 0.125}``); they appear in the run's report.
@@ -290,7 +291,8 @@ class BackendSpec(BaseModel):
     (empty = fine); by default they follow from ``capabilities`` and from the version ranges in the
     plugin's own metadata. ``probe_request(request, config, environment)`` adds reasons that hang on
     the parameters, beyond what the capabilities declare. ``falls_back_to`` names the backend that
-    serves instead when this one's runtime is not installed. Among exact backends, the highest
+    serves instead when this one's runtime is not installed, unless a reason has the code
+    ``strict``: parameters that ask for exactly this. Among exact backends, the highest
     ``priority`` is chosen first. ``footnotes`` maps platforms to remarks for the support matrix.
     """
 

@@ -113,12 +113,13 @@ class _Decision:
     ) -> None:
         assert request.head_dim is not None
         self.selection = selection
-        self.implementation = implementation
         self.schedule = schedule
         self.dense = dense
         self.role = request.role
         self.mask_kind = request.mask
-        self.scale = request.scale if request.scale is not None else default_scale(request.head_dim)
+        scale = request.scale if request.scale is not None else default_scale(request.head_dim)
+        self.implementation = implementation if scale > 0 else _sign_in_q(implementation, scale)
+        self.scale = abs(scale) or 1.0
         self.shape = (
             f"B={request.batch} Sq={request.query_length} Sk={request.key_length} "
             f"H={request.heads} D={request.head_dim} {request.dtype}"
@@ -175,7 +176,7 @@ class _Decision:
         """The request, for an error."""
         causal = " causal" if self.plain_call.is_causal else ""
         mask = "" if self.mask_kind == "none" else f" {self.mask_kind.replace('_', '-')} mask"
-        return f"{self.shape}{causal}{mask} scale={self.scale:.6g}"
+        return f"{self.shape}{causal}{mask}"
 
     def check_result(self, result: Any, q: torch.Tensor, return_lse: bool) -> None:
         """Hold the first result of an implementation against the contract."""
@@ -197,6 +198,22 @@ class _Decision:
                 f"{list(q.shape)} {q.dtype}; please report it to the plugin's author"
             )
         self.checked = True
+
+
+def _sign_in_q(implementation: Implementation, scale: float) -> Implementation:
+    """An implementation for a scale that is not positive, which is only told positive ones.
+
+    Fused kernels find a row's maximum before they scale. A negative scale makes that the minimum,
+    and exp overflows; with the sign in q the result is exact.
+    """
+    sign = -1.0 if scale < 0 else 0.0
+
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, /
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return implementation(q * sign, k, v, call)
+
+    return run
 
 
 def _explained(error: Exception, chosen: Selection, request: str) -> KernelError | None:
@@ -487,22 +504,6 @@ def _decide(
     )
     environment = local_environment(request.device)
     known = registry().backends
-    # Loading a chosen backend may fail; it is then a reason, and selection runs again.
-    for _ in range(len(known) + 1):
-        selection = select(
-            site.backend,
-            request=request,
-            config=site.config,
-            environment=environment,
-            required_backend=site.required_backend,
-            scope=site.scope,
-        )
-        partner = selection.dense
-        names = [selection.chosen] + ([partner.chosen] if partner is not None else [])
-        if all(load_factory(known[name]) is not None for name in names):
-            break
-    else:
-        raise BackendUnavailableError("no backend could be loaded", hint="polyattn doctor")
 
     def build(chosen: Selection, dense: _Decision | None) -> _Decision:
         backend: RegisteredBackend = known[chosen.chosen]
@@ -520,7 +521,29 @@ def _decide(
             schedule = None
         return _Decision(chosen, implementation, schedule, dense, request)
 
-    return build(selection, build(partner, None) if partner is not None else None)
+    # A chosen backend may turn out not to load, as a whole or the part that this request needs. Its
+    # probes then give that as a reason, and selection runs again.
+    given_up: set[str] = set()
+    for _ in range(2 * len(known) + 1):
+        selection = select(
+            site.backend,
+            request=request,
+            config=site.config,
+            environment=environment,
+            required_backend=site.required_backend,
+            scope=site.scope,
+        )
+        partner = selection.dense
+        names = [selection.chosen] + ([partner.chosen] if partner is not None else [])
+        if not all(load_factory(known[name]) is not None for name in names):
+            continue
+        try:
+            return build(selection, build(partner, None) if partner is not None else None)
+        except BackendUnavailableError:
+            if selection.chosen in given_up:
+                raise
+            given_up.add(selection.chosen)
+    raise BackendUnavailableError("no backend could be loaded", hint="polyattn doctor")
 
 
 def _refuse_frozen_schedule(decision: _Decision) -> None:

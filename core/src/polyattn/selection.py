@@ -185,7 +185,8 @@ def select(
     if not reasons:
         return _selection(chosen, parameters, request, environment, requested, source)
     refused = Candidate(name=chosen.name, reasons=tuple(reasons))
-    if chosen.spec.falls_back_to and any(each.code in RUNTIME_MISSING for each in reasons):
+    codes = {each.code for each in reasons}
+    if chosen.spec.falls_back_to and codes & RUNTIME_MISSING and "strict" not in codes:
         substitute = backend_named(chosen.spec.falls_back_to)
         defaults = _parameters(substitute, substitute.name, {})
         if not _all_reasons(substitute.spec, request, defaults, environment):

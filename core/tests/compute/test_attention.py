@@ -20,6 +20,7 @@ from polyattn.contract import (
     AttentionCall,
     BackendSpec,
     Capabilities,
+    Reason,
     ScheduledConfig,
 )
 from polyattn.errors import (
@@ -295,6 +296,14 @@ def build_that_raises(*_: Any) -> Any:
     raise ZeroDivisionError("no such tile")
 
 
+found_late: list[Reason] = []
+
+
+def build_late(*_: Any) -> Any:
+    found_late.append(Reason(code="part", message="libpart.so is missing"))
+    raise BackendUnavailableError("libpart.so is missing")
+
+
 def build_greedy(*_: Any) -> Any:
     def run(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -399,6 +408,25 @@ def test_what_a_kernel_raises_is_told_with_who_and_what(where: str) -> None:
     for told in ("'faulty'", "ZeroDivisionError: no such tile", size, "float32"):
         assert told in str(caught.value)
     assert "polyattn doctor --deep" in (caught.value.hint or "")
+
+
+def test_a_factory_that_finds_a_part_missing_is_asked_no_more() -> None:
+    """Automatic selection goes on with the next; by name it is an error with the reason."""
+    late = spec(
+        "late",
+        implementation=f"{__name__}:build_late",
+        priority=10,
+        probe_request=lambda *_: list(found_late),
+    )
+    for backend in (None, "late"):
+        found_late.clear()
+        with isolated_registry(late, spec("fine")), reporting_to(Report()) as report:
+            if backend is None:
+                polyattn.attention(*qkv())
+                assert report.rows[0].used == "fine"
+            else:
+                with pytest.raises(BackendUnavailableError, match="libpart.so"):
+                    polyattn.attention(*qkv(), backend=backend)
 
 
 def test_running_out_of_memory_keeps_its_class() -> None:
