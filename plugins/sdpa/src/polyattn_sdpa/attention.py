@@ -76,7 +76,7 @@ class TorchSdpa:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, /
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if self.masked or call.return_lse or call.scale <= 0:
+        if self.masked or call.return_lse:
             return self._general(q, k, v, call)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.facts is None:
@@ -94,12 +94,7 @@ class TorchSdpa:
     def _general(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Masks, the log-sum-exp, and scales that fused kernels do not survive."""
-        scale = call.scale
-        if scale <= 0:
-            # Torch's GPU kernels find the row's maximum before they scale, which a negative scale
-            # turns into its minimum: exp then overflows. Moving the sign into q is exact.
-            q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+        """Masks and the log-sum-exp."""
         mask = call.mask
         is_padding = call.mask_kind == "key_padding"
         if is_padding:
@@ -120,7 +115,7 @@ class TorchSdpa:
         if self.fused is not None:
             bias = _as_bias(mask, q)
             q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-            out, lse = self.fused(q, k, v, bias, is_causal, scale, call.return_lse)
+            out, lse = self.fused(q, k, v, bias, is_causal, call.scale, call.return_lse)
         else:
             out = F.scaled_dot_product_attention(
                 q,
@@ -128,11 +123,11 @@ class TorchSdpa:
                 v,
                 attn_mask=mask,
                 is_causal=is_causal,
-                scale=scale,
+                scale=call.scale,
                 enable_gqa=call.enable_gqa,
             )
             if call.return_lse:
-                lse = _exact_lse(q, k, mask, is_causal, scale)
+                lse = _exact_lse(q, k, mask, is_causal, call.scale)
         if visible is not None:
             out = (
                 out.masked_fill(~visible, 0) if out.requires_grad else out.masked_fill_(~visible, 0)
