@@ -31,6 +31,7 @@ from polyattn.errors import (  # noqa: E402
     BridgeError,
     ConfigError,
     InputError,
+    KernelError,
     UnknownBackendError,
 )
 from polyattn.integrations import registration  # noqa: E402
@@ -464,9 +465,9 @@ def test_an_error_in_a_kernel_reaches_the_user_and_leaves_no_context(
     process_report = current_report()
     with polyattn.apply(pipe, "recorder"):
         recorder.Recorder.failing_layer, recorder.Recorder.error = 1, error
-        with pytest.raises(type(error)) as caught:
+        with pytest.raises((KernelError, KeyboardInterrupt)) as caught:
             tiny_wan.run(pipe)
-        assert caught.value is error
+        assert error in (caught.value, caught.value.__cause__)
         assert current_context() is None
         assert current_report() is process_report
         recorder.Recorder.failing_layer = None
