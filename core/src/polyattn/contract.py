@@ -71,6 +71,8 @@ class Reason(BaseModel):
     """Why something cannot be: ``message`` says required versus found.
 
     ``hint`` is one command that can be pasted, or None when nothing that can be typed helps.
+    The code ``installation-broken`` marks what is installed and cannot work, which ``polyattn
+    doctor`` lists as a problem; a machine that does not fit is none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -291,9 +293,9 @@ class BackendSpec(BaseModel):
     (empty = fine); by default they follow from ``capabilities`` and from the version ranges in the
     plugin's own metadata. ``probe_request(request, config, environment)`` adds reasons that hang on
     the parameters, beyond what the capabilities declare. ``falls_back_to`` names the backend that
-    serves instead when this one's runtime is not installed, unless a reason has the code
-    ``strict``: parameters that ask for exactly this. Among exact backends, the highest
-    ``priority`` is chosen first. ``footnotes`` maps platforms to remarks for the support matrix.
+    serves instead when this one's runtime is not installed and nothing else is against it. Among
+    exact backends, the highest ``priority`` is chosen first. ``footnotes`` maps platforms to
+    remarks for the support matrix.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", arbitrary_types_allowed=True)

@@ -30,7 +30,14 @@ from polyattn.discovery import RegisteredBackend, registry
 from polyattn.errors import BackendUnavailableError, InputError, KernelError, PolyattnError
 from polyattn.inputs import request_of, view_mask
 from polyattn.reporting import Row, current_report
-from polyattn.selection import Scope, Selection, load_factory, local_environment, select
+from polyattn.selection import (
+    Scope,
+    Selection,
+    load_factory,
+    local_environment,
+    remember_refusal,
+    select,
+)
 
 __all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
 
@@ -216,7 +223,7 @@ def _sign_in_q(implementation: Implementation, scale: float) -> Implementation:
     return run
 
 
-def _explained(error: Exception, chosen: Selection, request: str) -> KernelError | None:
+def _explained(error: BaseException, chosen: Selection, request: str) -> KernelError | None:
     """What a plugin or its vendor's kernel raised, with who it was and what it was asked."""
     if isinstance(error, (PolyattnError, torch.OutOfMemoryError)):
         return None  # says it already, or is what callers wait for by its class
@@ -512,7 +519,7 @@ def _decide(
         assert factory is not None
         try:
             implementation = factory(parameters, request, environment)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if (explained := _explained(error, chosen, str(request))) is None:
                 raise
             raise explained from error
@@ -521,9 +528,8 @@ def _decide(
             schedule = None
         return _Decision(chosen, implementation, schedule, dense, request)
 
-    # A chosen backend may turn out not to load, as a whole or the part that this request needs. Its
-    # probes then give that as a reason, and selection runs again.
-    given_up: set[str] = set()
+    # A chosen backend may turn out not to load, or its factory to refuse this request. Either is a
+    # reason from then on, and selection runs again.
     for _ in range(2 * len(known) + 1):
         selection = select(
             site.backend,
@@ -534,15 +540,19 @@ def _decide(
             scope=site.scope,
         )
         partner = selection.dense
-        names = [selection.chosen] + ([partner.chosen] if partner is not None else [])
-        if not all(load_factory(known[name]) is not None for name in names):
+        chosen = [selection] if partner is None else [partner, selection]
+        if not all(load_factory(known[each.chosen]) is not None for each in chosen):
             continue
-        try:
-            return build(selection, build(partner, None) if partner is not None else None)
-        except BackendUnavailableError:
-            if selection.chosen in given_up:
-                raise
-            given_up.add(selection.chosen)
+        built: _Decision | None = None
+        for each in chosen:
+            try:
+                built = build(each, built)
+            except BackendUnavailableError as error:
+                remember_refusal(each.chosen, request, error)
+                break
+        else:
+            assert built is not None
+            return built
     raise BackendUnavailableError("no backend could be loaded", hint="polyattn doctor")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
+import logging
 import os
 import platform as python_platform
 import re
@@ -167,13 +169,28 @@ def _assumed_accelerator(platform: str, arch: str | None) -> Accelerator:
 
 
 def _installed_distributions() -> dict[str, str]:
-    """Name and version of everything installed; the first on the path wins, as for imports."""
+    """Name and version of everything installed; the first on the path wins, as for imports.
+
+    What cannot be read, such as what an interrupted uninstall leaves, is left out with a warning.
+    """
     found: dict[str, str] = {}
     for distribution in importlib_metadata.distributions():
-        name = distribution.metadata["Name"] if distribution.metadata else None
-        if name:
-            found.setdefault(canonicalize_name(name), distribution.version)
+        try:
+            name, version = distribution.metadata["Name"], distribution.version
+        except Exception as error:
+            _warn_once(
+                f"the metadata of an installed package cannot be read and it is left out: "
+                f"{getattr(distribution, '_path', distribution)} ({type(error).__name__}: {error})"
+            )
+            continue
+        if name and version:
+            found.setdefault(canonicalize_name(name), version)
     return found
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("polyattn").warning(message)
 
 
 def _torch_build() -> dict[str, str | None]:

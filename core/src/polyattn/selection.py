@@ -30,6 +30,7 @@ from polyattn.errors import (
     InputError,
     PolyattnError,
     SelectionConflictError,
+    nearest,
 )
 from polyattn.naming import backend_named, how_to_get_a_backend, resolve_name
 from polyattn.probing import (
@@ -47,6 +48,7 @@ __all__ = [
     "backends",
     "load_factory",
     "local_environment",
+    "remember_refusal",
     "select",
 ]
 
@@ -185,8 +187,7 @@ def select(
     if not reasons:
         return _selection(chosen, parameters, request, environment, requested, source)
     refused = Candidate(name=chosen.name, reasons=tuple(reasons))
-    codes = {each.code for each in reasons}
-    if chosen.spec.falls_back_to and codes & RUNTIME_MISSING and "strict" not in codes:
+    if chosen.spec.falls_back_to and all(each.code in RUNTIME_MISSING for each in reasons):
         substitute = backend_named(chosen.spec.falls_back_to)
         defaults = _parameters(substitute, substitute.name, {})
         if not _all_reasons(substitute.spec, request, defaults, environment):
@@ -264,14 +265,14 @@ def _automatic(
 ) -> Selection:
     """The preferred exact backend that can serve the request with the given parameters."""
     candidates = list(trace)
-    misfits: list[ConfigError] = []
+    misfits: dict[str, ConfigError] = {}
     for each in sorted(registry().backends.values(), key=_preference):
         if each.spec.kind != "exact":
             continue
         try:
             parameters = _parameters(each, each.name, given)
         except ConfigError as error:  # meant for another backend, or for none: see below
-            misfits.append(error)
+            misfits[each.name] = error
             reason = Reason(code="config", message=error.message)
             candidates.append(Candidate(name=each.name, reasons=(reason,)))
             continue
@@ -289,7 +290,7 @@ def _automatic(
                 tuple(candidates),
             )
     if misfits and len(misfits) == len(candidates) - len(trace):
-        raise next((each for each in misfits if each.hint), misfits[0])
+        raise _nobody_takes(given, misfits)
     if not registry().backends:
         raise BackendUnavailableError(
             "no attention backend is installed; polyattn itself contains none",
@@ -300,6 +301,29 @@ def _automatic(
         + "".join(f"\n  {each.name}: {_joined(each.reasons)}" for each in candidates),
         trace=tuple(candidates),
     )
+
+
+def _nobody_takes(given: Mapping[str, Any], misfits: Mapping[str, ConfigError]) -> ConfigError:
+    """The error for parameters that no backend of the automatic choice takes."""
+    backends = registry().backends
+    having = [
+        name for name, each in backends.items() if set(given) <= set(each.spec.config.model_fields)
+    ]
+    for name in having:
+        if name in misfits:  # it is the value that is wrong
+            return misfits[name]
+    words = ", ".join(map(repr, given))
+    if having:
+        return ConfigError(
+            f"no backend that is chosen automatically has the parameter {words}; "
+            f"{' and '.join(having)} has it, and runs when it is named",
+            hint=f"backend={having[0]!r}",
+        )
+    known = registry().names()
+    for key, value in given.items():
+        if isinstance(value, Mapping) and key not in known and (close := nearest(key, known)):
+            return ConfigError(f"{key!r} is no installed backend", hint=" or ".join(close))
+    return next((each for each in misfits.values() if each.hint), next(iter(misfits.values())))
 
 
 def _selection(
@@ -358,6 +382,8 @@ def _parameters(chosen: RegisteredBackend, asked_as: str, given: Mapping[str, An
     source = "the configuration"
     nested = per_backend(given, registry()) if given else None
     if nested is not None:
+        for name, parameters in nested.items():  # a misspelt one is an error, whoever runs
+            validate(registry().backends[name].spec, parameters, source=source)
         given = nested.get(chosen.name, {})
     if not given:
         given = current_settings().config.get(chosen.name, {})
@@ -384,6 +410,7 @@ def _all_reasons(
     return [
         *_machine_reasons(spec, environment),
         *request_reasons(spec, request, parameters, environment),
+        *([_refused[spec.name, request]] if (spec.name, request) in _refused else []),
     ]
 
 
@@ -445,6 +472,15 @@ def _warn_once(message: str) -> None:
 # Backends whose implementation could not be imported in this process, and why.
 _broken: dict[str, Reason] = {}
 _factories: dict[str, Any] = {}
+# Requests that a backend's factory refused, though its probes had nothing against them.
+_refused: dict[tuple[str, AttentionRequest], Reason] = {}
+
+
+def remember_refusal(name: str, request: AttentionRequest, error: BackendUnavailableError) -> None:
+    """From now on what the factory found is a reason against this backend for this request."""
+    reason = Reason(code="refused-when-built", message=error.message, hint=error.hint)
+    _refused[name, request] = reason
+    _warn_once(f"{name} is passed over: {reason}")
 
 
 def load_factory(backend: RegisteredBackend) -> Any | None:
@@ -456,7 +492,7 @@ def load_factory(backend: RegisteredBackend) -> Any | None:
     if spec.name not in _factories and spec.name not in _broken:
         try:
             _factories[spec.name] = pkgutil.resolve_name(spec.implementation)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             words = f"{type(error).__name__}: {error}"
             hint = None
             if isinstance(error, PolyattnError):  # the plugin's own account of what it found
@@ -467,4 +503,5 @@ def load_factory(backend: RegisteredBackend) -> Any | None:
                 f"{spec.implementation} does not load: {words}",
                 hint=hint,
             )
+            _warn_once(f"{spec.name} is passed over: {_broken[spec.name]}")
     return _factories.get(spec.name)

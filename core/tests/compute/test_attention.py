@@ -12,15 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
 
 import polyattn
 from polyattn import LocalAttention, dispatch
 from polyattn.contract import (
     Architectures,
     AttentionCall,
+    AttentionRequest,
     BackendSpec,
     Capabilities,
-    Reason,
     ScheduledConfig,
 )
 from polyattn.errors import (
@@ -296,11 +297,17 @@ def build_that_raises(*_: Any) -> Any:
     raise ZeroDivisionError("no such tile")
 
 
-found_late: list[Reason] = []
+class OtherConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depth: int = 0
 
 
-def build_late(*_: Any) -> Any:
-    found_late.append(Reason(code="part", message="libpart.so is missing"))
+built_late: list[AttentionRequest] = []
+
+
+def build_late(config: Any, request: AttentionRequest, *_: Any) -> Any:
+    built_late.append(request)
     raise BackendUnavailableError("libpart.so is missing")
 
 
@@ -412,21 +419,45 @@ def test_what_a_kernel_raises_is_told_with_who_and_what(where: str) -> None:
 
 def test_a_factory_that_finds_a_part_missing_is_asked_no_more() -> None:
     """Automatic selection goes on with the next; by name it is an error with the reason."""
-    late = spec(
-        "late",
-        implementation=f"{__name__}:build_late",
-        priority=10,
-        probe_request=lambda *_: list(found_late),
-    )
+    late = spec("late", implementation=f"{__name__}:build_late", priority=10)
     for backend in (None, "late"):
-        found_late.clear()
+        built_late.clear()
         with isolated_registry(late, spec("fine")), reporting_to(Report()) as report:
-            if backend is None:
-                polyattn.attention(*qkv())
-                assert report.rows[0].used == "fine"
-            else:
-                with pytest.raises(BackendUnavailableError, match="libpart.so"):
-                    polyattn.attention(*qkv(), backend=backend)
+            for _ in range(2):
+                if backend is None:
+                    polyattn.attention(*qkv())
+                    assert report.rows[0].used == "fine"
+                else:
+                    with pytest.raises(BackendUnavailableError, match="libpart.so"):
+                        polyattn.attention(*qkv(), backend=backend)
+            reasons = polyattn.select(request=built_late[0]).trace[0].reasons
+            assert [each.code for each in reasons] == ["refused-when-built"]
+        assert len(built_late) == 1
+
+
+def test_a_plugin_that_exits_at_import_is_passed_over(tmp_path: Any, monkeypatch: Any) -> None:
+    (tmp_path / "leaves_at_import.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    leaving = spec("leaving", implementation="leaves_at_import:build", priority=10)
+    with isolated_registry(leaving, spec("fine")), reporting_to(Report()) as report:
+        polyattn.attention(*qkv())
+        assert report.rows[0].used == "fine"
+
+
+def test_a_misspelt_parameter_of_another_backend_is_an_error() -> None:
+    """In a mapping from backends to parameters every entry is checked, whoever runs."""
+    for backend in (None, "sdpa"):
+        with pytest.raises(ConfigError, match="'kernal'"):
+            polyattn.attention(*qkv(), backend=backend, config={"torch_sdpa": {"kernal": 1}})
+    other = spec("other", kind="quantized", config=OtherConfig)
+    with isolated_registry(other, spec("fine")):
+        with pytest.raises(ConfigError, match="'dept'"):
+            polyattn.attention(*qkv(), backend="fine", config={"other": {"dept": 1}})
+        with pytest.raises(ConfigError, match="other has it, and runs when it is named"):
+            polyattn.attention(*qkv(), config={"depth": 1})
+        with pytest.raises(ConfigError, match="'othr' is no installed backend") as caught:
+            polyattn.attention(*qkv(), config={"othr": {"depth": 1}})
+        assert caught.value.hint == "other"
 
 
 def test_running_out_of_memory_keeps_its_class() -> None:

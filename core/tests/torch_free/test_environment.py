@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,23 @@ def test_frozen_and_serialisable() -> None:
 
 def test_the_cpu_of_any_machine_is_a_cpu() -> None:
     assert Environment.detect("cpu").platform == "cpu"
+
+
+@pytest.mark.parametrize("metadata", [None, b"Name: half\n", b"\xff\xfe\x00broken"])
+def test_unreadable_metadata_is_left_out_with_a_warning(
+    metadata: bytes | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What an interrupted uninstall leaves behind stops nothing."""
+    folder = tmp_path / "half-1.0.dist-info"
+    folder.mkdir()
+    if metadata is not None:
+        (folder / "METADATA").write_bytes(metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with caplog.at_level("WARNING", logger="polyattn"):
+        found = Environment.detect().distributions
+    assert "half" not in found
+    assert "pydantic" in found
+    assert str(folder) in caplog.text

@@ -38,7 +38,7 @@ VARIABLES = {
 }
 DIFFUSERS_VARIABLE = "DIFFUSERS_ATTN_BACKEND"
 # Reasons that speak of a defect, where all others speak of a machine that does not fit.
-DEFECTS = ("plugin-error", "kernel-import-failed")
+DEFECTS = ("plugin-error", "kernel-import-failed", "installation-broken")
 
 
 @click.command()

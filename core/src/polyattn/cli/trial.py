@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyattn.errors import KernelError, PolyattnError
+from polyattn.errors import PolyattnError, UnknownBackendError
 
 if TYPE_CHECKING:
     import torch
@@ -155,12 +155,28 @@ def _try_backend(name: str) -> Data:
 
     import torch
 
+    from polyattn.contract import AttentionRequest
     from polyattn.dispatch import attention
-    from polyattn.selection import local_environment
+    from polyattn.selection import local_environment, select
 
     platform = local_environment().platform
     q, k, v = _trial_tensors(spec, "cuda" if platform == "rocm" else platform)
     grid = TRIAL_GRID if spec.capabilities.needs_grid else None
+    request = AttentionRequest(
+        batch=q.shape[0],
+        query_length=q.shape[1],
+        key_length=k.shape[1],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=spec.capabilities.dtypes[0],
+        device=q.device.type,
+        grid=grid,
+    )
+    try:
+        select(name, request=request)
+    except PolyattnError as refusal:
+        return {"status": "refused", "message": str(refusal)}
     start = time.perf_counter()
     with torch.no_grad():
         found = attention(q, k, v, backend=name, grid=grid).double().cpu()
@@ -206,11 +222,11 @@ def _main(what: str, *words: str) -> None:
     names = [word for word in words if not word.startswith("--answer=")]
     try:
         answer = _try_torch() if what == "torch" else _try_backend(*names)
-    except KernelError as error:
+    except UnknownBackendError as error:
+        answer = {"status": "refused", "message": str(error)}
+    except PolyattnError as error:
         traceback.print_exception(error.__cause__ or error)
         answer = _failed(error.message)
-    except PolyattnError as error:
-        answer = {"status": "refused", "message": str(error)}
     except Exception as error:
         traceback.print_exc()
         answer = _failed(f"{type(error).__name__}: {error}")

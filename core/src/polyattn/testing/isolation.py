@@ -175,6 +175,7 @@ def _forget() -> None:
     selection._warn_once.cache_clear()
     selection._broken.clear()
     selection._factories.clear()
+    selection._refused.clear()
     dispatch = sys.modules.get("polyattn.dispatch")  # imports torch: never load it for this
     if dispatch is not None:
         dispatch.clear_decisions()
