@@ -242,7 +242,7 @@ def _explained(error: BaseException, chosen: Selection, request: str) -> KernelE
         f"the backend {chosen.chosen!r} ({', '.join(versions) or 'no longer installed'}) raised "
         f"{type(error).__name__}: {error}\n  for {request}, parameters "
         f"{dict(chosen.parameters)}, torch {torch.__version__}"
-        + ("\n  this process has lost its device: start a new one" if lost else ""),
+        + ("\n  the process may have lost its device: start a new one" if lost else ""),
         hint="polyattn doctor --deep, or another backend (polyattn backends)",
     )
 

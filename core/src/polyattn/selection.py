@@ -407,11 +407,12 @@ def _machine_reasons(spec: BackendSpec, environment: Environment) -> list[Reason
 def _all_reasons(
     spec: BackendSpec, request: AttentionRequest, parameters: BaseModel, environment: Environment
 ) -> list[Reason]:
-    return [
+    reasons = [
         *_machine_reasons(spec, environment),
         *request_reasons(spec, request, parameters, environment),
         *([_refused[spec.name, request]] if (spec.name, request) in _refused else []),
     ]
+    return list(dict.fromkeys(reasons))
 
 
 def _joined(reasons: Any) -> str:
@@ -449,12 +450,16 @@ def _unavailable(
             else f" (backend={alternative!r})"
         )
     hints = [reason.hint for reason in refused.reasons if reason.hint]
+    # Of commands that install, the last is the one that also knows the request.
+    installs = [
+        r.hint for r in refused.reasons if r.hint and r.code in (*RUNTIME_MISSING, "strict")
+    ]
     return BackendUnavailableError(
         f"the backend {requested!r}, asked for by {_source_words(source)}, cannot serve "
         f"{_words(request)} on {environment.describe()}:"
         + "".join(f"\n  - {reason.message}" for reason in refused.reasons)
         + nearest_words,
-        hint=hints[0] if hints else None,
+        hint=next(iter([*installs[-1:], *hints]), None),
         trace=(refused,),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,8 +30,8 @@ from polyattn.contract import (
 from polyattn.environment import Environment
 from polyattn.errors import BackendUnavailableError, ConfigError, KernelError
 from polyattn.reporting import Report, reporting_to
-from polyattn.testing import default_settings, oracle
-from polyattn_fa import attention, loading
+from polyattn.testing import default_settings, isolated_registry, oracle
+from polyattn_fa import SPEC, attention, loading
 from polyattn_fa.config import FaConfig
 from polyattn_fa.generations import (
     MEASURED_9_0,
@@ -260,7 +261,87 @@ def test_where_nothing_is_installed_the_fallback_starts(caplog: pytest.LogCaptur
             selection = polyattn.select("fa3", request=replace(VIDEO, device="cpu"))
     assert selection.chosen == "torch_sdpa"
     assert "the runtime of fa is missing: needs one of flash-attn-3" in selection.why
-    assert "pip install fa3-fwd" in caplog.text
+    assert 'pip install "fa3-fwd>=0.0.3"' in caplog.text
+
+
+@pytest.mark.parametrize("arch", ["13.0", "7.5"])
+@pytest.mark.parametrize("installed", [f",{ALL}", ""])
+def test_a_gpu_that_nothing_is_known_about(arch: str, installed: str) -> None:
+    """The same answer from the list of backends, from selection and from a call."""
+    where = f"cuda:{arch}{installed}"
+    words = f"cuda compute capabilities 8.0 to 12.x, found cuda {arch}"
+    request = replace(VIDEO, device="cpu")
+    for config in ({}, {"version": 4}, {"version": 4, "strict_version": True}):
+        (reason,) = request_reasons(VIDEO, FaConfig.model_validate(config), machine(where))
+        assert (reason.code, reason.hint) == ("compute-capability", None)
+    with isolated_registry(SPEC):
+        (status,) = polyattn.backends(machine(where))
+        assert not status.usable
+        assert words in str(status.reasons[-1])
+        with pytest.raises(BackendUnavailableError, match=words):
+            polyattn.select("fa", request=VIDEO, environment=machine(where))
+    modules = (fa_stand_ins.flash_attn_4(),) if installed else ()
+    with pretending(where, *modules, beside=(plain_backend("torch_sdpa"),)):
+        assert polyattn.select(request=request).chosen == "torch_sdpa"
+        with pytest.raises(BackendUnavailableError, match=words) as caught:
+            polyattn.attention(*inputs(), backend="fa")
+        assert caught.value.hint is None
+
+
+@pytest.mark.parametrize(
+    ("where", "config", "changes", "hint"),
+    [
+        ("cuda:9.0", {}, {}, 'pip install "fa3-fwd>=0.0.3"'),
+        ("cuda:9.0", {}, {"dtype": "float16"}, 'pip install --pre "flash-attn-4>=4.0.0b36,<5"'),
+        ("cuda:9.0", {"version": 4}, {}, 'pip install --pre "flash-attn-4>=4.0.0b36,<5"'),
+        ("cuda:9.0", {"version": 4, "strict_version": True}, {},
+         'pip install --pre "flash-attn-4>=4.0.0b36,<5"'),
+        ("cuda:9.0", {"version": 2, "strict_version": True}, {},
+         'pip install --no-build-isolation "flash-attn>=2.6,<3"'),
+        ("cuda:9.0", {"version": 3, "strict_version": True}, {}, 'pip install "fa3-fwd>=0.0.3"'),
+        ("cuda:10.0", {"version": 3, "strict_version": True}, {}, "config='strict_version=false'"),
+        ("cuda:10.0", {"version": 3}, {}, 'pip install --pre "flash-attn-4>=4.0.0b36,<5"'),
+        ("rocm:gfx942", {}, {}, 'pip install --no-build-isolation "flash-attn>=2.6,<3"'),
+        ("cuda:8.0,flash-attn:1.0.9", {}, {},
+         'pip install --no-build-isolation "flash-attn>=2.6,<3"'),
+    ],
+)  # fmt: skip
+def test_the_command_installs_what_the_request_needs(
+    where: str, config: Any, changes: Any, hint: str
+) -> None:
+    """What the request adds comes after what the machine lacks, so the last hint counts."""
+    reasons = [
+        *availability_reasons(machine(where)),
+        *request_reasons(
+            replace(VIDEO, **changes), FaConfig.model_validate(config), machine(where)
+        ),
+    ]
+    assert reasons[-1].hint == hint
+    # The fallback of `fa` starts where nothing but requirements is missing.
+    others = {each.code for each in reasons} - {"requirement-missing", "requirement-version"}
+    assert others == ({"strict"} if config.get("strict_version") else set())
+
+
+def test_where_the_generation_cannot_run_it_is_not_to_be_installed() -> None:
+    """Neither with nothing installed nor beside another generation."""
+    strict = FaConfig(version=3, strict_version=True)
+    for installed in ("", f",{FA4}"):
+        reasons = request_reasons(VIDEO, strict, machine(f"cuda:10.0{installed}"))
+        for each in reasons:
+            assert "needs cuda compute capability 8.x or 9.0, found cuda 10.0" in each.message
+            assert "pip" not in str(each.hint)
+
+
+def test_the_wheel_for_cuda_12_where_nothing_is_installed() -> None:
+    twelve = machine("cuda:9.0").model_copy(update={"cuda": "12.8"})
+    (reason,) = availability_reasons(twelve)
+    assert reason.hint == 'pip install "fa3-fwd<0.0.3"'
+
+
+def test_bfloat16_is_offered_first() -> None:
+    """In trials and hints: every generation takes it."""
+    assert SPEC.capabilities.dtypes[0] == "bfloat16"
+    assert all("bfloat16" in each.dtypes for each in PACKAGES)
 
 
 def test_one_that_is_installed_and_unfit_does_not_start_the_fallback() -> None:
@@ -313,7 +394,9 @@ BROKEN = {
         "raise ImportError('_C.so: undefined symbol: _ZN3c105ErrorC2E')",
         "undefined symbol: _ZN3c105ErrorC2E",
     ),
-    "missing dependency": ("import a_module_that_is_nowhere", "a_module_that_is_nowhere"),
+    "missing dependency": ("import nowhere.at_all", "nowhere"),
+    "no compiled kernels": ("import flash_attn_2_cuda", "flash_attn_2_cuda"),
+    "exit": ("raise SystemExit('unsupported machine')", "SystemExit: unsupported machine"),
     "crash": ("1 / 0", "ZeroDivisionError"),
     "other distribution": (INTERFACE, "flash_attn_func takes no softmax_scale, causal"),
     "empty": ("", "has no flash_attn_func"),
@@ -346,8 +429,10 @@ def test_a_broken_package_is_a_reason(
         assert reason.code == "kernel-import-failed"
         assert f"{package.distribution} {version} is installed but" in reason.message
         assert words in reason.message
-        dependency = kind == "missing dependency"
-        assert str(reason.hint).startswith("pip check" if dependency else "pip install --force")
+        if kind == "missing dependency":
+            assert reason.hint == "pip install --upgrade nowhere"
+        else:
+            assert str(reason.hint).startswith("pip install --force-reinstall")
         assert loading.load(package, version) is reason
         assert availability_reasons(pretended) == [reason]
         assert {each.name for each in polyattn.backends()} == {"fa"}
@@ -394,6 +479,56 @@ def import_afresh(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return __import__(name, fromlist=["build"])
 
 
+def test_a_missing_module_is_installed_by_the_name_of_its_distribution() -> None:
+    for name, expected in (("cutlass.cute", "nvidia-cutlass-dsl"), ("einops", "einops")):
+        hint = loading._repair(PACKAGES[0], ModuleNotFoundError("no", name=name))
+        assert hint == f"pip install --upgrade {expected}"
+    hint = loading._repair(PACKAGES[0], ModuleNotFoundError("no", name="torch.of_tomorrow"))
+    assert "flash-attn-4" in hint
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "files", "words"),
+    [
+        ("fa3-fwd", "0.0.3", [], "there is no module fa3_fwd_interface"),
+        ("fa3-fwd", "0.0.3", ["fa3_fwd_interface.py"], None),
+        ("flash-attn", "2.8.3", ["flash_attn/left.txt"], "there is no __init__.py in"),
+        ("flash-attn", "2.8.3", ["flash_attn/__init__.py"], None),
+        ("flash-attn-4", "4.0.0b36", ["flash_attn/__init__.py"], "there is no cute/__init__.py in"),
+        ("flash-attn-4", "4.0.0b36", ["flash_attn/cute/__init__.py"], None),
+        ("flash-attn-4", "4.0.0b36", [], "there is no module flash_attn"),
+    ],
+)
+def test_metadata_without_the_module(
+    distribution: str, version: str, files: list[str], words: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Seen before anything is imported, where the environment is this machine's."""
+    if Environment.detect().version_of(distribution):
+        pytest.skip("the real package is installed here")
+    where = f"cuda:9.0,{distribution}:{version},nvidia-cutlass-dsl:4.8.1"
+    with fa_stand_ins.clean_loading():
+        assert availability_reasons(machine(where)) == []  # a machine that is not here
+        metadata = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info" / "METADATA"
+        for each in (metadata, *(tmp_path / file for file in files)):
+            each.parent.mkdir(parents=True, exist_ok=True)
+            each.touch()
+        metadata.write_text(f"Name: {distribution}\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        reasons = availability_reasons(machine(where))
+        assert not set(sys.modules) & set(fa_stand_ins.VENDORS)
+        with pretending(where):
+            (status,) = polyattn.backends()
+            assert status.usable is (words is None)
+    if words is None:
+        assert reasons == []
+    else:
+        (reason,) = reasons
+        assert reason.code == "installation-broken"
+        assert words in reason.message
+        assert str(reason.hint).startswith("pip install --force-reinstall --no-deps")
+
+
 def test_listing_survives_a_folder_left_by_an_uninstall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,6 +570,13 @@ def test_old_builds_of_fa3(returns_lse: bool) -> None:
         (["VARLEN"], "cuda:9.0", {"mask": "key_padding"}, "without variable lengths"),
         (["VARLEN"], "cuda:9.0", {"mask": "key_padding", "is_causal": True}, None),
         (["HDIM192", "HDIM256"], "cuda:9.0", {"head_dim": 136}, "above 128, found 136"),
+        (
+            ["HDIM192", "HDIM256"],
+            "cuda:9.0",
+            {"head_dim": 128, "is_causal": True, "mask": "key_padding"},
+            r"above 128, found 128 \(causal with a mask runs at 136\)",
+        ),
+        (["HDIM192", "HDIM256"], "cuda:9.0", {"mask": "key_padding"}, None),
         (["HDIM64"], "cuda:9.0", {"head_dim": 64}, None),
         (["SM8x"], "cuda:8.0", {}, "without compute capability 8.x"),
         ([], "cuda:8.0", {}, None),
@@ -593,15 +735,104 @@ def test_an_error_of_the_kernel_is_explained() -> None:
             polyattn.attention(*inputs(), backend="fa")
         message = str(caught.value)
         for words in (
-            "the backend 'fa'",
-            "FlashAttention 3 (fa3-fwd 0.0.3): RuntimeError: CUDA error",
-            "B=2 Sq=77 Sk=77 H=4 D=64 bfloat16",
-            "no kernel image is available",
-            "config='version=4' or backend='torch_sdpa'",
+            "fa: FlashAttention 3 (fa3-fwd 0.0.3) raised RuntimeError: CUDA error: no kernel image",
+            "for B=2 Sq=77 Sk=77 H=4 D=64 bfloat16 on cuda 9.0",
+            f"torch {torch.__version__}",
         ):
             assert words in message
+        assert message.count("RuntimeError") == 1
+        assert "lost its device" not in message
+        assert caught.value.hint == "config='version=4'"
+        assert isinstance(caught.value.__cause__, RuntimeError)
         out = polyattn.attention(*inputs(), backend="fa", config="version=4")
         assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA error: unspecified launch failure", True),
+        ("HIP error: device-side assert triggered", True),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS", True),
+        ("CUDA error: invalid configuration argument", False),
+        ("illegal combination of arguments", False),
+    ],
+)
+def test_an_error_that_costs_the_device_says_so(words: str, lost: bool) -> None:
+    modules = fa_stand_ins.fa3_fwd()
+
+    def flash_attn_func(q: Any, k: Any, v: Any, softmax_scale: Any = None, causal: bool = False,
+                        return_attn_probs: bool = False) -> Any:  # fmt: skip
+        raise RuntimeError(words)
+
+    modules["fa3_fwd_interface"].flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    with pretending("cuda:9.0,fa3-fwd:0.0.3", modules):
+        with pytest.raises(KernelError) as caught:
+            polyattn.attention(*inputs(), backend="fa")
+    assert ("this process has lost its device" in str(caught.value)) is lost
+    assert caught.value.hint == "backend='torch_sdpa'"
+
+
+@pytest.mark.parametrize("layout", ["rows first", "square", "padded"])
+def test_a_log_sum_exp_of_another_shape(layout: str) -> None:
+    """Turned round where it can only be that, taken as documented where square, or refused."""
+    modules = fa_stand_ins.flash_attn_2()
+    usual = modules["flash_attn"].flash_attn_varlen_func
+
+    def flash_attn_varlen_func(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: Any = None, causal: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:  # fmt: skip
+        out, lse, _ = usual(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            softmax_scale=softmax_scale, causal=causal, return_attn_probs=True,
+        )  # fmt: skip
+        if layout == "rows first":
+            lse = lse.T.contiguous()
+        elif layout == "padded":
+            lse = lse.unflatten(1, (2, -1)).transpose(0, 1)
+        return out, lse, None
+
+    modules["flash_attn"].flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    q, k, v = inputs(queries=2 if layout == "square" else 77)  # batch 2, 4 heads
+    mask = (torch.rand(2, 77, generator=torch.Generator().manual_seed(2)) < 0.5)[:, None, None]
+    _, expected = oracle.attention(q, k, v, mask=mask, return_lse=True)
+    with pretending("cuda:8.0,flash-attn:2.8.3", modules):
+        if layout == "padded":
+            with pytest.raises(KernelError, match=r"of \[2, 4, 77\] .* \[4, 154\] is documented"):
+                polyattn.attention(q, k, v, backend="fa", attn_mask=mask, return_lse=True)
+        else:
+            _, lse = polyattn.attention(q, k, v, backend="fa", attn_mask=mask, return_lse=True)
+            close(lse, expected)
+
+
+def test_each_device_gets_its_context_once_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+        def get_device(self) -> int:
+            return self.device.index
+
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: given.append(device))
+    monkeypatch.setattr(attention, "_thread", type(attention._thread)())
+    with pretending("cuda:9.0,fa3-fwd:0.0.3", fa_stand_ins.fa3_fwd()) as pretended:
+        built: Any = attention.build(FaConfig(), VIDEO, pretended)
+        built._attend = lambda *_: None
+        call = AttentionCall(False, 0.125)
+        for index in (0, 0, 1, 0, 1):
+            tensor = OnGpu(index)
+            built(tensor, tensor, tensor, call)
+        assert [each.index for each in given] == [0, 1]
+        other = threading.Thread(target=lambda: built(tensor, tensor, tensor, call))
+        other.start()
+        other.join()
+        assert [each.index for each in given] == [0, 1, 1]
 
 
 def test_memory_that_runs_out_stays_what_it_is() -> None:

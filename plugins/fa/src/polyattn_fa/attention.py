@@ -1,8 +1,7 @@
 """``fa``: attention by FlashAttention's own functions, to the letter of polyattn's contract.
 
 What the generations leave open is settled here. A query that sees no key gives zeros and a
-log-sum-exp of -inf (FA2 gives +inf). Keys behind a key-padding mask never reach a kernel. A
-negative scale moves its sign into q, as the kernels find a row's maximum before they scale. Tensors
+log-sum-exp of -inf (FA2 gives +inf). Keys behind a key-padding mask never reach a kernel. Tensors
 are laid out as the kernels read them (16-byte rows) where a view is not.
 
 No call waits for the GPU: the number of visible keys stays on the device, so calls can be captured
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from polyattn.contract import AttentionCall, AttentionRequest, Implementation
 from polyattn.environment import Environment
-from polyattn.errors import BackendUnavailableError, PolyattnError
+from polyattn.errors import BackendUnavailableError, KernelError, PolyattnError
 from polyattn.selection import local_environment
 from polyattn_fa.config import FaConfig
 from polyattn_fa.generations import (
@@ -62,7 +62,7 @@ def build(config: FaConfig, request: AttentionRequest, environment: Environment)
     raise BackendUnavailableError(
         f"fa: no generation of FlashAttention can serve {_shape(request)} on "
         f"{environment.describe()}: {_words(passed) or 'none runs on this device'}",
-        hint="backend='torch_sdpa', or polyattn doctor",
+        hint="backend='torch_sdpa'",
     )
 
 
@@ -124,7 +124,7 @@ class FlashAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, /
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         call.facts = self.facts
-        if q.is_cuda and not hasattr(_thread, "has_context"):
+        if q.is_cuda and q.get_device() not in _thread.devices:
             _give_context(q.device)
         if (
             self.needs_current_device
@@ -229,9 +229,26 @@ class FlashAttention:
         out = out.view(batch, queries, heads, head_dim)
         out.masked_fill_(blind[:, None, None, None], 0)
         if lse is not None:
+            lse = self._heads_first(lse, heads, batch * queries)
             lse = lse.view(heads, batch, queries).transpose(0, 1)
             lse = lse.masked_fill(blind[:, None, None], float("-inf"))
         return out, lse
+
+    def _heads_first(self, lse: torch.Tensor, heads: int, rows: int) -> torch.Tensor:
+        """The log-sum-exp of variable lengths as [H, rows].
+
+        Documented is [H, rows]. A build that returns [rows, H] is understood where the two differ;
+        where they do not, the documented order is taken.
+        """
+        if lse.shape == (heads, rows):
+            return lse
+        if lse.shape == (rows, heads):
+            return lse.transpose(0, 1)
+        raise KernelError(
+            f"fa: {self._who()} returned a log-sum-exp of {list(lse.shape)} for "
+            f"{_shape(self.request)}, where [{heads}, {rows}] is documented",
+            hint=self._way_out(),
+        )
 
     def _causal_with_mask(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
@@ -259,18 +276,21 @@ class FlashAttention:
         return out, lse
 
     def _first_call(self) -> str:
-        package = self.kernels.package
-        doing = "compiling" if package.generation == 4 else "loading"
+        doing = "compiling" if self.kernels.package.generation == 4 else "loading"
         return (
-            f"{doing} FlashAttention {package.generation} ({self.kernels}) for "
-            f"{_shape(self.request)}: the first call takes a few seconds"
+            f"{doing} {self._who()} for {_shape(self.request)}: the first call takes a few seconds"
         )
 
-    def _named(self, error: Exception) -> RuntimeError:
-        """The kernel's error with its generation and what to try; core adds the request."""
-        return RuntimeError(
-            f"FlashAttention {self.kernels.package.generation} ({self.kernels}): "
-            f"{type(error).__name__}: {error}; instead: {self._way_out()}"
+    def _who(self) -> str:
+        return f"FlashAttention {self.kernels.package.generation} ({self.kernels})"
+
+    def _named(self, error: Exception) -> KernelError:
+        """The kernel's error with its generation and request, and what to try."""
+        return KernelError(
+            f"fa: {self._who()} raised {type(error).__name__}: {error}\n  for "
+            f"{_shape(self.request)} on {self.environment.describe()}, torch {torch.__version__}"
+            + ("\n  this process has lost its device: start a new one" if _is_lost(error) else ""),
+            hint=self._way_out(),
         )
 
     def _way_out(self) -> str:
@@ -280,10 +300,23 @@ class FlashAttention:
             for each in candidates(self.request, FaConfig(), self.environment)
             if not each.reasons and each.package.generation != mine
         ]
-        return " or ".join([*others, "backend='torch_sdpa'"])
+        return others[0] if others else "backend='torch_sdpa'"
 
 
-_thread = threading.local()
+def _is_lost(error: Exception) -> bool:
+    """Whether the error is one after which every call on the device fails."""
+    lasting = r"(cuda|hip).*(illegal|misaligned|assert|launch.fail)"
+    return re.search(lasting, str(error), re.IGNORECASE) is not None
+
+
+class _Thread(threading.local):
+    """The devices (by index) that have a context in this thread."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_thread = _Thread()
 
 
 def _give_context(device: torch.device) -> None:
@@ -295,7 +328,7 @@ def _give_context(device: torch.device) -> None:
     device.
     """
     torch.zeros(1, device=device)
-    _thread.has_context = True
+    _thread.devices.add(device.index)
 
 
 def _pair(result: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,9 +2,9 @@
 
 Torch-free and about any :class:`~polyattn.environment.Environment`, so that a choice can be
 explained for a machine that is not here. Nothing here imports a vendor package: whether one is
-installed is read from distribution metadata (``find_spec("flash_attn")`` proves nothing: it finds
-the namespace of ``flash-attn-4``, and the folder that an uninstall leaves behind). What only an
-import can tell is tried in :mod:`polyattn_fa.loading`, and remembered here.
+installed is read from distribution metadata (``find_spec("flash_attn")`` alone proves nothing: it
+finds the namespace of ``flash-attn-4``, and the folder that an uninstall leaves behind). What only
+an import can tell is tried in :mod:`polyattn_fa.loading`, and remembered here.
 
 The limits are those of the public functions in Dao-AILab's ``flash_attn/flash_attn_interface.py``
 (2.8.3), ``hopper/flash_attn_interface.py`` with its ``flash_api`` and ``flash_attn/cute/
@@ -26,6 +26,7 @@ from packaging.version import InvalidVersion, Version
 from polyattn.contract import AttentionRequest, Reason
 from polyattn.environment import Environment
 from polyattn_fa.config import FaConfig
+from polyattn_fa.installation import missing_files
 
 __all__ = [
     "MASK_CHANNELS",
@@ -34,6 +35,7 @@ __all__ = [
     "Package",
     "availability_reasons",
     "candidates",
+    "install_command",
     "installed_packages",
     "load_failures",
     "order_of_generations",
@@ -50,7 +52,10 @@ SMALLEST_SCALE_WITH_MASK = 1e-6
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution that ships one generation, and the module its functions are in."""
+    """A distribution that ships one generation, and the module its functions are in.
+
+    ``install`` is the command for it; braces stand for its name with the range of versions.
+    """
 
     generation: int
     distribution: str
@@ -66,7 +71,7 @@ class Package:
 # Of two packages of one generation, the first is tried first: a build made on the machine has what
 # the forward-only wheel leaves out.
 PACKAGES = (
-    Package(4, "flash-attn-4", "flash_attn.cute", 'pip install --pre "flash-attn-4>=4.0.0b36"'),
+    Package(4, "flash-attn-4", "flash_attn.cute", 'pip install --pre "{}"'),
     Package(
         3,
         "flash-attn-3",
@@ -79,11 +84,11 @@ PACKAGES = (
         3,
         "fa3-fwd",
         "fa3_fwd_interface",
-        "pip install fa3-fwd",
+        'pip install "{}"',
         build_flags="fa3_fwd_config",
         dtypes=("bfloat16",),  # FLASHATTENTION_DISABLE_FP16 is set in every release
     ),
-    Package(2, "flash-attn", "flash_attn", "pip install --no-build-isolation flash-attn"),
+    Package(2, "flash-attn", "flash_attn", 'pip install --no-build-isolation "{}"'),
 )
 
 # --- which generation is tried first --------------------------------------------------------------
@@ -162,13 +167,32 @@ def ranges() -> Mapping[str, SpecifierSet]:
     return found
 
 
+def install_command(package: Package, environment: Environment) -> str:
+    """What installs the package in a version that this plugin and the torch there can use."""
+    name = package.distribution
+    wanted = _range(name)
+    if name == "fa3-fwd":
+        wanted = FA3_FWD_BY_CUDA.get(_cuda_major(environment), wanted)
+    return package.install.format(f"{name}{wanted}")
+
+
+def _range(distribution: str) -> str:
+    """The versions a distribution may have, lower bound first."""
+    return ",".join(sorted(map(str, ranges().get(distribution, ())), reverse=True))
+
+
 def package_reasons(package: Package, environment: Environment) -> list[Reason]:
     """Why a package cannot be used as it is installed (empty = it can, as far as one can see)."""
     name = package.distribution
     version = environment.version_of(name)
+    install = install_command(package, environment)
     if version is None:
-        return [_reason("requirement-missing", f"{name} is not installed", package.install)]
-    reasons = _version_reasons(name, version, package.install)
+        return [_reason("requirement-missing", f"{name} is not installed", install)]
+    reasons = _version_reasons(name, version, install)
+    if missing := missing_files(name, version, package.module):
+        again = install.replace("install", "install --force-reinstall --no-deps", 1)
+        problem = f"the metadata of {name} {version} are there, but {missing}"
+        reasons.append(_reason("installation-broken", problem, again))
     if package.generation == 4 and environment.version_of("nvidia-cutlass-dsl") is None:
         reasons.append(
             _reason(
@@ -179,7 +203,7 @@ def package_reasons(package: Package, environment: Environment) -> list[Reason]:
             )
         )
     if name == "fa3-fwd" and not reasons:
-        reasons += _cuda_reasons(version, environment)
+        reasons += _cuda_reasons(version, environment, install)
     failure = load_failures.get((name, version))
     return [*reasons, failure] if failure is not None else reasons
 
@@ -192,15 +216,24 @@ def _version_reasons(name: str, version: str, install: str | None) -> list[Reaso
     except InvalidVersion:
         pass
     return [
-        _reason("requirement-version", f"needs {name}{wanted}, found {name} {version}", install)
+        _reason(
+            "requirement-version", f"needs {name}{_range(name)}, found {name} {version}", install
+        )
     ]
 
 
-def _cuda_reasons(version: str, environment: Environment) -> list[Reason]:
-    """The wheels of fa3-fwd link one CUDA runtime: 12 up to 0.0.2, 13 from 0.0.3."""
-    older = Version(version) < Version("0.0.3")
-    built_for = "12" if older else "13"
-    found = (environment.cuda or "").partition(".")[0]
+# The wheels of fa3-fwd link one CUDA runtime.
+FA3_FWD_BY_CUDA = {"12": "<0.0.3", "13": ">=0.0.3"}
+
+
+def _cuda_major(environment: Environment) -> str:
+    return (environment.cuda or "").partition(".")[0]
+
+
+def _cuda_reasons(version: str, environment: Environment, install: str) -> list[Reason]:
+    """Whether a wheel of fa3-fwd and torch are for the same CUDA."""
+    built_for = "12" if Version(version) < Version("0.0.3") else "13"
+    found = _cuda_major(environment)
     if not found.isdigit() or found == built_for:
         return []
     return [
@@ -208,7 +241,7 @@ def _cuda_reasons(version: str, environment: Environment) -> list[Reason]:
             "requirement-version",
             f"fa3-fwd {version} is built for CUDA {built_for}, and torch {environment.torch} here "
             f"for CUDA {environment.cuda}",
-            f'pip install "fa3-fwd{">=" if older else "<"}0.0.3"',
+            install if found in FA3_FWD_BY_CUDA else None,
         )
     ]
 
@@ -236,8 +269,9 @@ def availability_reasons(environment: Environment) -> list[Reason]:
         if torch is None
         else _version_reasons("torch", torch, f'pip install "torch{torch_range}"')
     )
-    order = order_of_generations(AttentionRequest(), environment) or (4, 3, 2)
-    packages = _ordered(order)
+    if unknown := _gpu_reasons(environment):
+        return [*reasons, *unknown]
+    packages = _ordered(order_of_generations(AttentionRequest(), environment) or (4, 3, 2))
     if any(not package_reasons(each, environment) for each in packages):
         return reasons
     present = [each for each in packages if environment.version_of(each.distribution) is not None]
@@ -245,14 +279,30 @@ def availability_reasons(environment: Environment) -> list[Reason]:
         reasons += package_reasons(package, environment)
     if not present:
         names = ", ".join(f"{each.distribution} (FA{each.generation})" for each in packages)
-        # The wheels that need no compiler are the command to offer, where there are any.
-        wheel = next((each for each in packages if "git+" not in each.install), packages[0])
+        install = install_command(_easiest(packages), environment)
         reasons.append(
-            _reason(
-                "requirement-missing", f"needs one of {names}; none is installed", wheel.install
-            )
+            _reason("requirement-missing", f"needs one of {names}; none is installed", install)
         )
     return reasons
+
+
+def _gpu_reasons(environment: Environment) -> list[Reason]:
+    """Whether the GPU is one that a generation is known to run on."""
+    major = _major(environment)
+    if major is None or 8 <= major <= 12:
+        return []
+    return [
+        _reason(
+            "compute-capability",
+            "FlashAttention is known to run on cuda compute capabilities 8.0 to 12.x, found "
+            f"{environment.describe()}",
+        )
+    ]
+
+
+def _easiest(packages: list[Package]) -> Package:
+    """The one to offer: the best that is no build from a repository, where there is one."""
+    return next((each for each in packages if "git+" not in each.install), packages[0])
 
 
 # --- what a generation can do ---------------------------------------------------------------------
@@ -271,9 +321,10 @@ def candidates(
 ) -> list[Candidate]:
     """Every package in the order to try, with the reasons against it (none = it can serve)."""
     return [
+        # Where a package cannot serve, to install or to repair it would not help.
         Candidate(
             package,
-            tuple(package_reasons(package, environment) or _limits(package, request, environment)),
+            tuple(_limits(package, request, environment) or package_reasons(package, environment)),
         )
         for package in _ordered(order_of_generations(request, environment, config))
     ]
@@ -284,14 +335,16 @@ def request_reasons(
 ) -> list[Reason]:
     """Why no usable generation can serve the request.
 
-    Where nothing is installed at all, :func:`availability_reasons` has said so, and what remains is
-    said once a generation is there.
+    Where nothing is usable at all, :func:`availability_reasons` has said so, and what is added is
+    what this request and these parameters need instead.
     """
+    if unknown := _gpu_reasons(environment):
+        return unknown
     found = candidates(request, config, environment)
     if any(not each.reasons for each in found):
         return []
     if not installed_packages(environment):
-        return [_strict(config)] if config.strict_version else []
+        return (_strict if config.strict_version else _missing)(found, config, environment)
     # A package that is absent is no news beside one that is there and cannot.
     told = [
         each for each in found if environment.version_of(each.package.distribution) is not None
@@ -308,13 +361,46 @@ def request_reasons(
     ]
 
 
-def _strict(config: FaConfig) -> Reason:
+def _strict(found: list[Candidate], config: FaConfig, environment: Environment) -> list[Reason]:
     """Keeps core from falling back where exactly this generation was asked for."""
-    return Reason(
-        code="strict",
-        message=f"strict_version=true asks for FlashAttention {config.version} and nothing else",
-        hint="strict_version=false",
-    )
+    present = [each for each in found if environment.version_of(each.package.distribution)]
+    fitting = _fitting(found)
+    told = present[0] if present else found[0]
+    if fitting and not present:
+        told = next(each for each in found if each.package is _easiest(fitting))
+    reason = told.reasons[0]
+    return [
+        _reason(
+            "strict",
+            f"strict_version=true asks for FlashAttention {config.version} and nothing else: "
+            f"{reason.message}",
+            reason.hint or "config='strict_version=false'",
+        )
+    ]
+
+
+def _missing(found: list[Candidate], config: FaConfig, environment: Environment) -> list[Reason]:
+    """What to install for this request, where it is not what is to be installed for any."""
+    fitting = _fitting(found)
+    if not fitting or any(environment.version_of(each.distribution) for each in PACKAGES):
+        return []
+    told = _easiest(fitting)
+    install = install_command(told, environment)
+    if any(install == each.hint for each in availability_reasons(environment)):
+        return []
+    asked = "the version asked for" if told.generation == config.version else "this request"
+    return [
+        _reason("requirement-missing", f"{asked} takes {told}, which is not installed", install)
+    ]
+
+
+def _fitting(found: list[Candidate]) -> list[Package]:
+    """The packages that are not installed, and could serve the request if they were."""
+    return [
+        each.package
+        for each in found
+        if all(reason.code == "requirement-missing" for reason in each.reasons)
+    ]
 
 
 def _limits(package: Package, request: AttentionRequest, environment: Environment) -> list[Reason]:
@@ -330,13 +416,8 @@ def _limits(package: Package, request: AttentionRequest, environment: Environmen
                 f"needs cuda compute capability 8.x or 9.0, found {environment.describe()}",
             )
         )
-    elif major is not None and not 8 <= major <= 12:
-        reasons.append(
-            _reason(
-                "compute-capability",
-                f"knows cuda compute capabilities 8.0 to 12.x, found {environment.describe()}",
-            )
-        )
+    else:
+        reasons += _gpu_reasons(environment)
     if request.dtype is not None and request.dtype not in package.dtypes:
         reasons.append(
             _reason("dtype", f"takes {' or '.join(package.dtypes)}, found {request.dtype}")

@@ -21,7 +21,8 @@ import torch
 
 from polyattn.contract import AttentionRequest, Reason
 from polyattn.environment import Environment
-from polyattn_fa.generations import Package, load_failures
+from polyattn.selection import local_environment
+from polyattn_fa.generations import MASK_CHANNELS, Package, install_command, load_failures
 
 __all__ = ["Kernels", "build_reasons", "enable_disk_cache", "load"]
 
@@ -61,22 +62,35 @@ def load(package: Package, version: str) -> Kernels | Reason:
     if key not in _loaded:
         try:
             _loaded[key] = _import(package, version)
-        except Exception as error:  # whatever a broken package raises
-            again = package.install.replace("install", "install --force-reinstall --no-deps", 1)
+        except (Exception, SystemExit) as error:  # whatever a broken package raises
             load_failures[key] = Reason(
                 code="kernel-import-failed",
                 message=f"{package.distribution} {version} is installed but {package.module} does "
                 f"not load under torch {torch.__version__}: {type(error).__name__}: {error}",
-                hint="pip check" if _lacks_a_dependency(error, package) else again,
+                hint=_repair(package, error),
             )
             return load_failures[key]
     return _loaded[key]
 
 
-def _lacks_a_dependency(error: Exception, package: Package) -> bool:
-    own = package.module.partition(".")[0]
-    missing = (error.name or own) if isinstance(error, ModuleNotFoundError) else own
-    return missing.partition(".")[0] != own
+# Where a module that a vendor package imports has another name than its distribution.
+DISTRIBUTIONS = {
+    "cuda": "cuda-python",
+    "cutlass": "nvidia-cutlass-dsl",
+    "quack": "quack-kernels",
+    "tvm_ffi": "apache-tvm-ffi",
+}
+
+
+def _repair(package: Package, error: BaseException) -> str:
+    """The command for a package that does not load: what it lacks, or itself once more."""
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    missing = missing.partition(".")[0]
+    # Its own compiled modules; and a part of torch that is missing means it is for another torch.
+    if not missing or missing.startswith(("flash_attn", "fa3_fwd", "torch")):
+        install = install_command(package, local_environment())
+        return install.replace("install", "install --force-reinstall --no-deps", 1)
+    return f"pip install --upgrade {DISTRIBUTIONS.get(missing, missing)}"
 
 
 def _import(package: Package, version: str) -> Kernels:
@@ -142,10 +156,14 @@ def build_reasons(
         missing.append("variable lengths, which a key-padding mask needs")
     if (environment.arch or "").startswith("8.") and without("SM8x"):
         missing.append("compute capability 8.x")
-    head_dim = request.head_dim or 0
+    asked = head_dim = request.head_dim or 0
+    why = ""
+    if asked and request.is_causal and request.mask != "none":
+        head_dim += MASK_CHANNELS
+        why = f" (causal with a mask runs at {head_dim})"
     buckets = [each for each in (64, 96, 128, 192, 256) if not without(f"HDIM{each}")]
     if head_dim > max(buckets, default=0):
-        missing.append(f"head dimensions above {max(buckets, default=0)}, found {head_dim}")
+        missing.append(f"head dimensions above {max(buckets, default=0)}, found {asked}{why}")
     return [Reason(code="build", message=f"{kernels} was built without {each}") for each in missing]
 
 
