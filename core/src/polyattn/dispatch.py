@@ -548,7 +548,8 @@ def _decide(
             try:
                 built = build(each, built)
             except BackendUnavailableError as error:
-                remember_refusal(each.chosen, request, error)
+                parameters = validate(known[each.chosen].spec, each.parameters)
+                remember_refusal(each.chosen, request, parameters, error)
                 break
         else:
             assert built is not None

@@ -410,7 +410,7 @@ def _all_reasons(
     reasons = [
         *_machine_reasons(spec, environment),
         *request_reasons(spec, request, parameters, environment),
-        *([_refused[spec.name, request]] if (spec.name, request) in _refused else []),
+        *_refusals(spec.name, request, parameters),
     ]
     return list(dict.fromkeys(reasons))
 
@@ -477,15 +477,25 @@ def _warn_once(message: str) -> None:
 # Backends whose implementation could not be imported in this process, and why.
 _broken: dict[str, Reason] = {}
 _factories: dict[str, Any] = {}
-# Requests that a backend's factory refused, though its probes had nothing against them.
-_refused: dict[tuple[str, AttentionRequest], Reason] = {}
+# What a backend's factory refused though its probes had nothing against it: backend, request and
+# parameters (as JSON, which hashes).
+_refused: dict[tuple[str, AttentionRequest, str], Reason] = {}
 
 
-def remember_refusal(name: str, request: AttentionRequest, error: BackendUnavailableError) -> None:
+def remember_refusal(
+    name: str, request: AttentionRequest, parameters: BaseModel, error: BackendUnavailableError
+) -> None:
     """From now on what the factory found is a reason against this backend for this request."""
     reason = Reason(code="refused-when-built", message=error.message, hint=error.hint)
-    _refused[name, request] = reason
+    _refused[name, request, parameters.model_dump_json()] = reason
     _warn_once(f"{name} is passed over: {reason}")
+
+
+def _refusals(name: str, request: AttentionRequest, parameters: BaseModel) -> list[Reason]:
+    if not _refused:
+        return []
+    found = _refused.get((name, request, parameters.model_dump_json()))
+    return [] if found is None else [found]
 
 
 def load_factory(backend: RegisteredBackend) -> Any | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import polyattn
 from polyattn.contract import Architectures, AttentionRequest, BackendSpec, Capabilities
 from polyattn.discovery import registry
-from polyattn.environment import Environment
+from polyattn.environment import Accelerator, Environment
 from polyattn.errors import BackendUnavailableError, ConfigError
 from polyattn.reporting import Report, reporting_to
 from polyattn.testing import default_settings, isolated_registry, oracle
@@ -65,30 +67,50 @@ def aiter(*tensors: torch.Tensor, **arguments: Any) -> Any:
         ("rocm:gfx942,amd-aiter:0.1.7.post2.dev18,aiter:0.13", []),
         ("rocm:gfx942,amd-aiter:no-version", []),
         ("rocm:gfx942", ["requirement-missing"]),
-        ("rocm:gfx942,aiter:0.13", ["requirement-missing", "namesake"]),
-        ("cuda:9.0,amd-aiter:0.1.9", ["hip"]),
+        ("rocm:gfx942,aiter:0.13", ["namesake", "requirement-missing"]),
+        ("cuda:9.0,amd-aiter:0.1.9", ["nvidia"]),
         ("cpu,amd-aiter:0.1.9", ["hip"]),
-        ("cuda:9.0,aiter:0.13", ["requirement-missing", "namesake", "hip"]),
+        ("cpu,aiter:0.13", ["namesake", "requirement-missing", "hip"]),
+        ("cuda:9.0,aiter:0.13", ["nvidia", "namesake", "requirement-missing"]),
     ],
 )
 def test_availability(where: str, codes: list[str]) -> None:
+    """With a command where there is an AMD GPU; nothing that is typed makes up for one."""
     reasons = availability(machine(where))
     assert [reason.code for reason in reasons] == codes
-    assert all(reason.hint for reason in reasons)
+    assert all((reason.hint is not None) == where.startswith("rocm") for reason in reasons)
 
 
 def test_reasons_say_what_was_found() -> None:
-    namesake = availability(machine("rocm:gfx942,aiter:0.13"))[1]
+    namesake, missing = availability(machine("rocm:gfx942,aiter:0.13"))
     assert "aiter 0.13" in namesake.message
-    assert str(namesake.hint).startswith("pip uninstall -y aiter")
-    (hip,) = availability(machine("cuda:9.0,amd-aiter:0.1.9").model_copy(update={"cuda": "12.8"}))
-    assert "found torch 2.9.0 built for CUDA 12.8" in hip.message
-    assert "rocm" not in str(hip.hint)  # another torch helps nobody with an NVIDIA GPU
+    assert str(namesake.hint).startswith("pip uninstall -y aiter && pip install")
+    assert str(missing.hint).startswith("pip install")
     (hip,) = availability(machine("cpu,amd-aiter:0.1.9"))
     assert "found torch 2.9.0 built without a GPU" in hip.message
-    assert "whl/rocm" in str(hip.hint)
-    bare = Environment(distributions={"amd-aiter": "0.1.9"})
-    assert "found no torch" in availability(bare)[0].message
+    (hip,) = availability(machine("cpu,amd-aiter:0.1.9").model_copy(update={"cuda": "12.8"}))
+    assert "found torch 2.9.0 built for CUDA 12.8" in hip.message
+    amd = Accelerator(platform="rocm", arch="gfx942")
+    (hip,) = availability(Environment(accelerator=amd, distributions={"amd-aiter": "0.1.9"}))
+    assert "found no torch" in hip.message
+    assert hip.hint == "pip install torch --index-url https://download.pytorch.org/whl/rocm6.4"
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("cuda:9.0", "needs an AMD GPU with ROCm; this is NVIDIA: cuda 9.0 (assumed)"),
+        ("cpu", "needs an AMD GPU with ROCm, found cpu (assumed)"),
+        ("mps", "needs an AMD GPU with ROCm, found mps (assumed)"),
+    ],
+)
+def test_a_machine_without_an_amd_gpu_reads_so_first(where: str, words: str) -> None:
+    with isolated_registry(SPEC):
+        (status,) = polyattn.backends(machine(where))
+    assert status.reasons[0].message == words
+    assert [reason.hint for reason in status.reasons] == [None] * len(status.reasons)
+    assert not any("cuda or rocm" in each.message for each in status.reasons)
+    assert not any("CUDA assumed" in each.message for each in status.reasons)
 
 
 @pytest.mark.parametrize(
@@ -121,21 +143,33 @@ def test_the_extra_installs_what_the_spec_requires() -> None:
     assert extra == [each.distribution + each.specifier for each in SPEC.requirements]
 
 
-BROKEN: dict[str, tuple[str | None, str, str]] = {
+REINSTALL = 'pip uninstall -y aiter amd-aiter && pip install "polyattn-aiter[kernel]"'
+BROKEN: dict[str, tuple[str | None, str, str | None]] = {
+    "metadata only": (
+        "raise ModuleNotFoundError(\"No module named 'aiter'\", name='aiter')",
+        "No module named 'aiter'",
+        REINSTALL,
+    ),
+    "a dependency": (
+        "import no_such_library.part",
+        "No module named 'no_such_library'",
+        "pip install no_such_library",
+    ),
+    "part of a dependency": ("import torch.no_part", "No module named 'torch.no_part'", None),
     "import error": (
         "from aiter.jit import core",
         "ModuleNotFoundError: No module named 'aiter.jit'",
-        "python -c 'import aiter'",
+        REINSTALL,
     ),
     "shared library": (
         "import ctypes\nctypes.CDLL('libpolyattn_is_not_there.so.6')",
         "OSError: libpolyattn_is_not_there.so.6: cannot open shared object file",
-        "python -c 'import aiter'",
+        None,
     ),
-    "exit": ("raise SystemExit('rocminfo not found')", "SystemExit: rocminfo not found", "python"),
-    "another package": ("def aiter(): ...", "has no flash_attn_func", "pip uninstall -y aiter"),
-    "left-over folder": (None, "is a folder without a package, left behind at", "pip uninstall"),
-    "not a function": ("flash_attn_func = None", "has no flash_attn_func", "pip uninstall"),
+    "exit": ("raise SystemExit('rocminfo not found')", "SystemExit: rocminfo not found", None),
+    "another package": ("def aiter(): ...", "has no flash_attn_func", REINSTALL),
+    "left-over folder": (None, "is a folder without a package, left behind at", REINSTALL),
+    "not a function": ("flash_attn_func = None", "has no flash_attn_func", REINSTALL),
 }
 
 
@@ -149,12 +183,12 @@ def test_broken_installations_are_reasons(pretence: Any, case: str) -> None:
                 aiter(*inputs())
             message = str(caught.value)
             assert found in message
-            assert f"Try: {hint}" in message
             assert "amd-aiter 0.1.9" in message
         assert registry().findings == ()
         (status,) = polyattn.backends()
         assert [reason.code for reason in status.reasons] == ["kernel-import-failed"]
         assert found in status.reasons[0].message
+        assert status.reasons[0].hint == hint
 
 
 def test_a_variable_that_leaves_the_function_out_is_named(
@@ -284,6 +318,31 @@ def test_any_padding_with_causality_equals_the_oracle(pretence: Any, seed: int) 
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-4)
 
 
+def test_the_tensors_device_is_current_while_the_vendor_runs(
+    pretence: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are launched on the current device, wherever the tensors lie."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        entered.append(wanted)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with pretence("august_2026") as vendor:
+        module = importlib.import_module("polyattn_aiter.attention")
+        for where, expected in (("cpu", []), ("cuda:0", []), ("cuda:1", [torch.device("cuda:1")])):
+            with module._current(torch.device(where)):
+                assert entered == expected
+        made = []
+        monkeypatch.setattr(module, "_current", lambda where: made.append(where) or device(where))
+        aiter(*inputs())
+        assert made == [torch.device("cpu")]
+        assert len(vendor.calls) == 1
+
+
 # --- limits ---------------------------------------------------------------------------------------
 
 
@@ -354,6 +413,7 @@ def test_a_rounding_that_would_be_ignored_is_refused(
     for reason, word in zip(reasons, words, strict=True):
         assert reason.message.startswith("bf16_rounding=truncate is for ")
         assert word in reason.message
+        assert reason.hint is None
     assert reasons_against(request, AiterConfig(), machine(where)) == []
 
 
@@ -387,6 +447,7 @@ def test_a_rounding_the_installed_function_does_not_take_is_refused(
     with pretence("release_0_1_5"), pytest.raises(BackendUnavailableError) as caught:
         aiter(*tensors, config=config)
     assert "takes no how_v3_bf16_cvt" in str(caught.value)
+    assert "Try:" not in str(caught.value)
     with pretence("august_2026") as vendor:
         monkeypatch.setattr(vendor, "ENABLE_CK", 0, raising=False)
         with pytest.raises(BackendUnavailableError, match="runs Triton kernels only"):

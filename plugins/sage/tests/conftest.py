@@ -22,6 +22,7 @@ from polyattn import dispatch, selection
 from polyattn.environment import Accelerator, Environment
 from polyattn.testing import default_settings, fake_distribution
 from polyattn.testing.plugin import pytest_terminal_summary
+from polyattn_sage.installation import load_failures
 
 __all__ = ["pytest_terminal_summary"]
 
@@ -89,6 +90,7 @@ def pretending(arch: str, *folders: Path) -> Iterator[None]:
 def forget_vendors() -> dict[str, ModuleType]:
     """Unload the vendors' modules; a real one must come back as it was, it registers operators."""
     names = [name for name in sys.modules if name.partition(".")[0] in VENDOR_MODULES]
+    load_failures.clear()
     importlib.invalidate_caches()
     return {name: sys.modules.pop(name) for name in names}
 
@@ -96,6 +98,7 @@ def forget_vendors() -> dict[str, ModuleType]:
 def forget_decisions() -> None:
     selection.local_environment.cache_clear()
     dispatch.clear_decisions()
+    selection._refused.clear()
 
 
 @pytest.fixture(scope="session")

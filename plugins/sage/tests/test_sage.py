@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import importlib_metadata
 import pytest
 import torch
 from packaging.requirements import Requirement
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyattn
 from polyattn.contract import AttentionRequest
 from polyattn.environment import Environment
-from polyattn.errors import BackendUnavailableError, ConfigError
+from polyattn.errors import BackendUnavailableError, ConfigError, KernelError
 from polyattn.probing import availability_reasons, platform_reasons, request_reasons
 from polyattn.reporting import Report, reporting_to
 from polyattn.testing import default_settings, fake_distribution, oracle
@@ -38,6 +39,8 @@ VIDEO = AttentionRequest(
     dtype="bfloat16",
     device="cuda",
 )
+REINSTALL = 'pip install --force-reinstall --no-deps "sageattention==1.0.6"'
+EXTRA = 'pip install "polyattn-sage[kernel]"'
 GPUS = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 
 
@@ -53,7 +56,7 @@ def is_installed(distribution: str) -> bool:
     return True
 
 
-def codes(reasons: list[Any]) -> list[str]:
+def codes(reasons: Iterable[Any]) -> list[str]:
     return [each.code for each in reasons]
 
 
@@ -170,6 +173,31 @@ def test_what_a_version_cannot_do_is_refused(
     assert codes(reasons) == expected
 
 
+@pytest.mark.parametrize(
+    ("where", "changes", "expected"),
+    [
+        ("cuda:9.0,sageattention:1.0.6", {"mask": "boolean", "key_length": 77}, kernels.INSTALL_2),
+        ("cuda:9.0,sageattention:1.0.6", {"head_dim": 80}, kernels.INSTALL_2),
+        ("cuda:9.0,sageattention:1.0.6", {"head_dim": 256}, None),
+        ("cuda:9.0,sageattention:1.0.6", {"needs_lse": True, "needs_grad": True}, None),
+        ("cuda:9.0,sageattention:1.0.6", {"needs_lse": True, "is_causal": True,
+            "key_length": 77}, None),
+        ("cuda:10.0,sageattention:1.0.6", {"mask": "boolean", "key_length": 77}, None),
+        ("cuda:12.0,sageattention:1.0.6", {"mask": "boolean", "key_length": 77}, None),
+        ("cuda:12.0,sageattention:1.0.6", {"needs_lse": True}, kernels.INSTALL_2),
+        ("cuda:8.9,sageattention:2.1.1", {}, kernels.INSTALL_2),
+        ("cuda:8.9,sageattention:2.1.1", {"is_causal": True, "key_length": 77}, None),
+    ],
+)  # fmt: skip
+def test_another_version_is_hinted_where_it_would_serve(
+    where: str, changes: Any, expected: str | None
+) -> None:
+    """One command for all reasons together, or none: never a circle of versions."""
+    config = SageConfig(pv_accum_dtype="fp32+fp16" if "2.1.1" in where else None)
+    reasons = request_reasons(SAGE, replace(VIDEO, **changes), config, machine(where))
+    assert {each.hint for each in reasons if "sageattention" in each.message} == {expected}
+
+
 def test_never_chosen_automatically(pretended: Any, stand_in: Any) -> None:
     with pretended("9.0", stand_in("sageattention 1")):
         try:
@@ -201,27 +229,43 @@ def test_ranges_are_those_of_the_extra() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "expected"),
+    ("where", "expected"),
     [
-        ("1.0.6", []),
-        ("2.1.1", []),
-        ("2.2.0", []),
-        ("2.2.0+cu130torch2.11", []),
-        (None, ["requirement-missing"]),
-        ("1.0.5", ["requirement-version"]),
-        ("2.0.1", ["requirement-version"]),
-        ("2.1.0", ["requirement-version"]),
-        ("3.0.0", ["requirement-version"]),
+        ("cuda:9.0,sageattention:1.0.6", {}),
+        ("cuda:9.0,sageattention:2.1.1", {}),
+        ("cuda:9.0,sageattention:2.2.0", {}),
+        ("cuda:9.0,sageattention:2.2.0+cu130torch2.11", {}),
+        ("cuda:9.0,sageattention:none", {"requirement-missing": EXTRA}),
+        ("cuda:9.0,sageattention:1.0.5", {"requirement-version": EXTRA}),
+        ("cuda:9.0,sageattention:2.0.1", {"requirement-version": kernels.INSTALL_2}),
+        ("cuda:9.0,sageattention:2.1.0", {"requirement-version": kernels.INSTALL_2}),
+        ("cuda:9.0,sageattention:3.0.0", {"requirement-version": kernels.INSTALL_2}),
+        ("cuda:10.0,sageattention:2.0.1", {"requirement-version": kernels.INSTALL_1}),
+        ("cuda:9.0,sageattention:no-version", {"requirement-version": EXTRA}),
     ],
 )
-def test_versions_in_range(version: str | None, expected: list[str]) -> None:
-    environment = machine(f"cuda:9.0,sageattention:{version or 'none'}")
-    reasons = availability_reasons(SAGE, environment)
-    assert codes(reasons) == expected
+def test_versions_in_range(where: str, expected: dict[str, str]) -> None:
+    """What is hinted lies in the range and, where the GPU allows, is no step back from 2 to 1."""
+    reasons = availability_reasons(SAGE, machine(where))
+    assert {each.code: each.hint for each in reasons} == expected
     for reason in reasons:
-        assert "sageattention" in reason.message
-        assert reason.hint == 'pip install "polyattn-sage[kernel]"'
-        assert version is None or version in reason.message
+        assert "needs sageattention 1.0.6, or 2.1.1 up to 3," in reason.message
+        version = where.rpartition(":")[2]
+        assert version == "none" or f"found sageattention {version}" in reason.message
+
+
+@pytest.mark.parametrize(
+    ("what", "version"), [("sageattention 2", "2.0.1"), ("sageattention 1", "no-version")]
+)
+def test_a_refused_version_is_one_reason(
+    what: str, version: str, pretended: Any, stand_in: Any
+) -> None:
+    """Whatever else its files lack: they are replaced anyway."""
+    folder = stand_in(what, version)
+    (folder / "sageattention" / "_fused.abi3.so").unlink(missing_ok=True)
+    with pretended("9.0", folder):
+        status = {each.name: each for each in polyattn.backends()}["sage_attn"]
+    assert codes(status.reasons) == ["requirement-version"]
 
 
 def emptied(folder: Path) -> Path:
@@ -298,30 +342,44 @@ def test_bad_installations_are_reasons(
 
 
 @pytest.mark.parametrize(
-    ("first_line", "words"),
+    ("first_line", "words", "hint"),
     [
-        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
-        ("raise ModuleNotFoundError('No module', name='triton')", "Try: pip install triton"),
+        (
+            "import no_such_library.part",
+            "ModuleNotFoundError: No module named 'no_such_library'",
+            "pip install no_such_library",
+        ),
+        ("raise ModuleNotFoundError('No x', name='triton')", "No x", "pip install triton"),
+        ("import torch.no_such_part", "No module named 'torch.no_such_part'", None),
+        ("import sageattention._fused", "No module named 'sageattention._fused'", REINSTALL),
         (
             "raise ImportError('libcudart.so.12: cannot open shared object file')",
             "libcudart.so.12",
+            REINSTALL,
         ),
-        ("raise ImportError('_fused.abi3.so: undefined symbol: _ZN3c10')", "undefined symbol"),
-        ("raise OSError('invalid ELF header')", "OSError: invalid ELF header"),
-        ("sageattn = None; del sageattn", "has no such function"),
+        ("raise ImportError('_fused: undefined symbol: _ZN')", "undefined symbol", REINSTALL),
+        ("raise OSError('invalid ELF header')", "OSError: invalid ELF header", REINSTALL),
+        ("raise SystemExit('no nvcc')", "SystemExit: no nvcc", REINSTALL),
+        ("sageattn = None; del sageattn", "has no such function", REINSTALL),
     ],
 )
-def test_packages_that_do_not_load_are_errors_of_the_call(
-    first_line: str, words: str, pretended: Any, tmp_path: Path
+def test_packages_that_do_not_load_are_tried_once(
+    first_line: str, words: str, hint: str | None, pretended: Any, tmp_path: Path
 ) -> None:
-    source = {"sageattention.__init__": first_line}
+    """The call says why, and from then on the probes do, without importing again."""
+    count = tmp_path / "imports"
+    source = {"sageattention.__init__": f"open({str(count)!r}, 'a').write('x')\n{first_line}"}
     folder = fake_distribution(tmp_path, "sageattention", "1.0.6", {}, source)
     with pretended("9.0", folder):
         assert not {each.name: each for each in polyattn.backends()}["sage_attn"].reasons
-        with pytest.raises(BackendUnavailableError, match="sageattention 1.0.6") as caught:
-            polyattn.attention(*inputs(), backend="sage")
-    assert words in str(caught.value)
-    assert "Try:" in str(caught.value)
+        for _ in range(2):
+            with pytest.raises(BackendUnavailableError, match="sageattention 1.0.6") as caught:
+                polyattn.attention(*inputs(), backend="sage")
+            assert words in str(caught.value)
+        (reason,) = {each.name: each for each in polyattn.backends()}["sage_attn"].reasons
+    assert words in reason.message
+    assert reason.hint == hint
+    assert count.read_text() == "x"
 
 
 def test_kernels_left_out_of_a_build(pretended: Any, stand_in: Any) -> None:
@@ -493,6 +551,40 @@ def test_additive_masks_come_in_the_kernels_unit(sage2: Any) -> None:
     assert [call["kernel"] for call in sage2.CALLS] == ["triton"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [300.0, -3000.0])
+def test_a_large_bias_keeps_its_differences(sage2: Any, size: float, dtype: torch.dtype) -> None:
+    """Rounded a second time in the kernel's unit, 300 and noise would be off by a quarter."""
+    q, k, v = inputs(queries=77, dtype=dtype)
+    bias = (size + torch.randn(2, 77, 77, generator=torch.Generator().manual_seed(1))).to(dtype)
+    bias[:, 3] = float("-inf")
+    (out, lse), _ = attend(q, k, v, attn_mask=bias, return_lse=True)
+    expected, expected_lse = oracle.attention(q, k, v, mask=bias, return_lse=True)
+    assert measure(out, expected).relative_l1 < 0.01
+    torch.testing.assert_close(lse.double(), expected_lse, atol=0.02, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_mask_reaches_the_output(
+    sage2: Any, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came in, and is not blamed on the kernel; -inf hides a key, and excuses nothing."""
+    q, k, v = inputs()
+    bias = torch.zeros(40, 40, dtype=torch.bfloat16)
+    bias[:, 7] = float("-inf")
+    with monkeypatch.context() as patch:
+        name = "sageattn_qk_int8_pv_fp16_triton"
+        patch.setattr(sage2, name, lambda q, k, v, **options: q * float("nan"))
+        with pytest.raises(KernelError, match="NaN or infinity"):
+            attend(q, k, v, attn_mask=bias)
+    polyattn.dispatch.clear_decisions()
+    bias[3, 5] = value
+    out, _ = attend(q, k, v, attn_mask=bias)
+    assert out[:, 3].isnan().all()
+    assert out[:, :3].isfinite().all()
+    assert out[:, 4:].isfinite().all()
+
+
 def test_only_documented_options_reach_the_vendor(sage2: Any) -> None:
     """The stand-ins take no other keyword; what was configured is what arrives."""
     config = {"kernel": "fp8_cuda", "pv_accum_dtype": "fp32+fp16", "qk_quant_gran": "per_warp"}
@@ -584,9 +676,9 @@ def overflowing() -> tuple[torch.Tensor, ...]:
 
 
 def test_black_frames_are_an_error(sage1: Any) -> None:
-    with pytest.raises(BackendUnavailableError, match="NaN or infinity") as caught:
+    with pytest.raises(KernelError, match="NaN or infinity") as caught:
         attend(*overflowing())
-    assert "'pv_accum_dtype': 'fp32'" in str(caught.value)
+    assert caught.value.hint == "backend='torch_sdpa'"
     assert "sageattention 1.0.6" in str(caught.value)
     out, facts = attend(*overflowing(), config={"check_finite": "never"})
     assert not out.isfinite().all()
@@ -603,11 +695,47 @@ def test_when_the_output_is_searched(sage1: Any) -> None:
         attend(*good)
         attend(*bad)
     with polyattn.forward_context(step=0, num_steps=9):
-        with pytest.raises(BackendUnavailableError, match="black frames"):
+        with pytest.raises(KernelError, match="black frames"):
             attend(*bad)
-    with pytest.raises(BackendUnavailableError, match="black frames"):
+    with pytest.raises(KernelError, match="black frames"):
         for tensors in (good, bad):
             attend(*tensors, config={"check_finite": "always"})
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"kernel": "triton"}, "config={'kernel': 'fp16_cuda', 'pv_accum_dtype': 'fp32'}"),
+        (
+            {"kernel": "fp16_cuda", "pv_accum_dtype": "fp16"},
+            "config={'kernel': 'fp16_cuda', 'pv_accum_dtype': 'fp32'}",
+        ),
+        ({"kernel": "fp16_cuda"}, "backend='torch_sdpa'"),
+    ],
+)
+def test_the_remedy_is_one_that_can_be_had(
+    sage2: Any, monkeypatch: pytest.MonkeyPatch, config: Any, hint: str
+) -> None:
+    for name in ("sageattn_qk_int8_pv_fp16_triton", "sageattn_qk_int8_pv_fp16_cuda"):
+        monkeypatch.setattr(sage2, name, lambda q, k, v, **options: q * float("nan"))
+    with pytest.raises(KernelError, match="black frames") as caught:
+        attend(*inputs(), config=config)
+    assert caught.value.hint == hint
+
+
+def test_the_search_waits_for_the_gpu_once(sage1: Any) -> None:
+    """Each value that the host reads is one synchronisation."""
+    waits = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        attend(*inputs(queries=64))
+    assert len(waits) == 1
 
 
 def test_nan_that_came_in_is_not_blamed_on_the_kernel(sage1: Any) -> None:
@@ -621,14 +749,15 @@ def test_nan_that_came_in_is_not_blamed_on_the_kernel(sage1: Any) -> None:
 
 
 def test_a_failing_kernel_is_named(sage2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sageattn_qk_int8_pv_fp8_cuda_sm90(*tensors: Any, **options: Any) -> None:
+    """By core, which also knows what a CUDA error means for the process."""
+
+    def fails(*tensors: Any, **options: Any) -> None:
         raise RuntimeError("CUDA error: no kernel image is available")
 
-    name = "sageattn_qk_int8_pv_fp8_cuda_sm90"
-    monkeypatch.setattr(sage2, name, sageattn_qk_int8_pv_fp8_cuda_sm90)
-    with pytest.raises(BackendUnavailableError) as caught:
+    monkeypatch.setattr(sage2, "sageattn_qk_int8_pv_fp8_cuda_sm90", fails)
+    with pytest.raises(KernelError, match="no kernel image") as caught:
         attend(*inputs())
-    for words in ("sage_attn: sageattention 2.2.0", name, "[1, 40, 2, 64]", "no kernel image"):
+    for words in ("sageattention 2.2.0", "lost its device"):
         assert words in str(caught.value)
 
 

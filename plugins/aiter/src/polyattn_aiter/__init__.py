@@ -5,12 +5,30 @@ Importing this module imports neither torch nor AITER; :mod:`polyattn_aiter.atte
 
 from __future__ import annotations
 
-from polyattn.contract import Architectures, BackendSpec, Capabilities, HeadDims, Requirement
+from polyattn.contract import (
+    Architectures,
+    BackendSpec,
+    Capabilities,
+    HeadDims,
+    Reason,
+    Requirement,
+)
+from polyattn.environment import Environment
 from polyattn.hooks import hookimpl
+from polyattn.probing import default_platform_reasons
 from polyattn_aiter.config import AiterConfig
 from polyattn_aiter.probes import DISTRIBUTION, INSTALL_HINT, availability, reasons_against
 
 __all__ = ["SPEC", "polyattn_backends"]
+
+
+def _platform(environment: Environment) -> list[Reason]:
+    """NVIDIA GPUs are declared, so :func:`availability` refuses them; here only the rest is."""
+    if environment.platform in ("cuda", "rocm"):
+        return default_platform_reasons(SPEC, environment)
+    found = environment.describe()
+    return [Reason(code="platform", message=f"needs an AMD GPU with ROCm, found {found}")]
+
 
 SPEC = BackendSpec(
     name="aiter",
@@ -33,6 +51,7 @@ SPEC = BackendSpec(
     requirements=(Requirement(distribution=DISTRIBUTION, hint=INSTALL_HINT),),
     # Below torch_sdpa: on ROCm the automatic choice is FlashAttention, then SDPA.
     priority=-10,
+    probe_platform=_platform,
     probe_availability=availability,
     probe_request=reasons_against,
     implementation="polyattn_aiter.attention:build",

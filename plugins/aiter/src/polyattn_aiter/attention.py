@@ -11,7 +11,7 @@ What the vendor leaves open, or does differently from kernel to kernel, is settl
   (the vendor's variable-length assembly kernel is known to hang near 64k tokens on gfx942). With
   causality too, one launch per stretch of queries whose own keys are all visible or all hidden:
   two for padding at one end. The host has to know the lengths, so a mask costs one synchronisation.
-* A scale that is not positive moves into q.
+* Kernels are launched on the current device: q's is made the current one.
 * The kernels address 4 GiB per batch item; views that are spread wider are copied.
 
 Nothing announces the first call, which may build a kernel for minutes: AITER logs that itself.
@@ -24,6 +24,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import importlib_metadata
@@ -67,7 +68,7 @@ def _load() -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise BackendUnavailableError(
             f"import aiter ({_installed()}) fails with {type(error).__name__}: {error}",
-            hint="python -c 'import aiter'",
+            hint=_remedy(error),
         ) from error
     function = getattr(module, "flash_attn_func", None)
     if callable(function):
@@ -83,6 +84,16 @@ def _load() -> Callable[..., Any]:
             found += f", and {variable} is set, which leaves it out"
             hint = f"unset {variable}"
     raise BackendUnavailableError(f"the module aiter ({_installed()}) {found}", hint=hint)
+
+
+def _remedy(error: BaseException) -> str | None:
+    """The command after a failed import; a library that does not load is not pip's to mend."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    missing, _, part = error.name.partition(".")
+    if missing == "aiter":
+        return REINSTALL_HINT
+    return None if part else f"pip install {missing}"  # it is there, in another version
 
 
 # At import, so that a failure is a reason against the backend, and selection goes on.
@@ -124,8 +135,7 @@ def build(
             )
             raise BackendUnavailableError(
                 f"bf16_rounding={config.bf16_rounding} needs a choice of rounding, and "
-                f"aiter.flash_attn_func ({_installed()}) {found}",
-                hint="leave bf16_rounding out",
+                f"aiter.flash_attn_func ({_installed()}) {found}"
             )
         arguments[ROUNDING] = ROUNDINGS[config.bf16_rounding]
         facts["bf16_rounding"] = config.bf16_rounding
@@ -147,6 +157,12 @@ class AiterAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall, /
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         call.facts = self.facts
+        with _current(q.device):
+            return self._attend(q, k, v, call)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         scale = call.scale
         if call.mask is not None:
             out, lse = self._masked(q, k, v, call.mask[:, 0, 0], scale, call)
@@ -233,6 +249,13 @@ class AiterAttention:
                 hint="return_lse=False",
             )
         return parts[0], parts[1].float()
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """``device`` as the current one, where it is a GPU and is not that already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _stretches(

@@ -23,9 +23,7 @@ __all__ = [
 DISTRIBUTION = "amd-aiter"
 NAMESAKE = "aiter"  # iterators for asyncio; it installs a module of the same name
 INSTALL_HINT = 'pip install "polyattn-aiter[kernel]"'
-TORCH_HINT = (
-    "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm6.4"
-)
+TORCH_HINT = "pip install torch --index-url https://download.pytorch.org/whl/rocm6.4"
 
 # The kernels keep byte offsets inside a batch item, and between items, in 32 bits.
 ADDRESSABLE_BYTES = 1 << 32
@@ -33,16 +31,13 @@ BYTES_PER_VALUE = 2  # float16 or bfloat16
 
 
 def availability(environment: Environment) -> list[Reason]:
-    """Why AITER is not usable as installed."""
+    """Why AITER is not usable as installed; without an AMD GPU nothing that is typed helps."""
     reasons = []
+    if environment.platform == "cuda":
+        here = environment.describe()
+        message = f"needs an AMD GPU with ROCm; this is NVIDIA: {here}"
+        reasons.append(Reason(code="nvidia", message=message))
     if environment.version_of(DISTRIBUTION) is None:
-        reasons.append(
-            Reason(
-                code="requirement-missing",
-                message=f"needs {DISTRIBUTION}, which is not installed",
-                hint=INSTALL_HINT,
-            )
-        )
         namesake = environment.version_of(NAMESAKE)
         if namesake is not None:
             reasons.append(
@@ -53,20 +48,24 @@ def availability(environment: Environment) -> list[Reason]:
                     hint=f"pip uninstall -y {NAMESAKE} && {INSTALL_HINT}",
                 )
             )
-    if environment.hip is None:
-        if environment.torch is None:
-            found = "found no torch"
-        elif environment.cuda is not None:
-            found = f"found torch {environment.torch} built for CUDA {environment.cuda}"
-        else:
-            found = f"found torch {environment.torch} built without a GPU"
         reasons.append(
             Reason(
-                code="hip",
-                message=f"needs a ROCm (HIP) build of torch, {found}",
-                hint=TORCH_HINT if environment.platform != "cuda" else "polyattn backends",
+                code="requirement-missing",
+                message=f"needs {DISTRIBUTION}, which is not installed",
+                hint=INSTALL_HINT,
             )
         )
+    if environment.platform != "cuda" and environment.hip is None:
+        if environment.torch is None:
+            found, hint = "no torch", TORCH_HINT
+        elif environment.cuda is not None:
+            found, hint = f"torch {environment.torch} built for CUDA {environment.cuda}", None
+        else:
+            found, hint = f"torch {environment.torch} built without a GPU", None
+        message = f"needs a torch built for ROCm (HIP), found {found}"
+        reasons.append(Reason(code="hip", message=message, hint=hint))
+    if environment.platform != "rocm":
+        return [each.model_copy(update={"hint": None}) for each in reasons]
     return reasons
 
 
@@ -96,7 +95,6 @@ def reasons_against(
             Reason(
                 code="bf16-rounding",
                 message=f"bf16_rounding={config.bf16_rounding} is for {limit}",
-                hint="leave bf16_rounding out: the other kernels offer no choice",
             )
             for limit in rounding_limits(request, environment)
         ]

@@ -5,15 +5,32 @@ Importing this module imports neither torch nor a kernel; :mod:`polyattn_sage.at
 
 from __future__ import annotations
 
-from polyattn.contract import Architectures, BackendSpec, Capabilities, HeadDims, Reason
+from polyattn.contract import (
+    Architectures,
+    AttentionRequest,
+    BackendSpec,
+    Capabilities,
+    HeadDims,
+    Reason,
+)
 from polyattn.contract import Requirement as Needs
 from polyattn.environment import Environment
 from polyattn.hooks import hookimpl
-from polyattn.probing import default_availability_reasons, default_platform_reasons
+from polyattn.probing import (
+    capability_reasons,
+    default_availability_reasons,
+    default_platform_reasons,
+)
 from polyattn_sage.config import Sage3Config, SageConfig
 from polyattn_sage.installation import sage3_package_reasons, sage_package_reasons
 from polyattn_sage.kernels import (
+    ARCHITECTURES_2,
+    INSTALL_1,
+    INSTALL_2,
     INSTALL_3,
+    RANGE,
+    RANGE_WORDS,
+    installed_version,
     sage3_request_reasons,
     sage_platform_reasons,
     sage_request_reasons,
@@ -29,7 +46,31 @@ def _sage_platform(environment: Environment) -> list[Reason]:
 
 
 def _sage_availability(environment: Environment) -> list[Reason]:
-    return default_availability_reasons(SAGE, environment) + sage_package_reasons(environment)
+    reasons = []
+    for each in default_availability_reasons(SAGE, environment):
+        if str(RANGE) in each.message:
+            message = each.message.replace(str(RANGE), RANGE_WORDS)
+            each = each.model_copy(update={"message": message, "hint": _install(environment)})
+        reasons.append(each)
+    return reasons + sage_package_reasons(environment)
+
+
+def _install(environment: Environment) -> str:
+    """The version in range for this machine: whoever has 2 is not sent back to 1 without need."""
+    version = installed_version(environment)
+    if version is None or version.major < 2:
+        return 'pip install "polyattn-sage[kernel]"'
+    return INSTALL_2 if environment.arch in ARCHITECTURES_2 else INSTALL_1
+
+
+def _sage_request(
+    request: AttentionRequest, config: SageConfig, environment: Environment
+) -> list[Reason]:
+    """What one command mends keeps it as its hint; where another reason would stay, none has."""
+    reasons = sage_request_reasons(request, config, environment)
+    if capability_reasons(SAGE, request) or len({each.hint for each in reasons}) > 1:
+        return [each.model_copy(update={"hint": None}) for each in reasons]
+    return reasons
 
 
 def _sage3_availability(environment: Environment) -> list[Reason]:
@@ -61,13 +102,13 @@ SAGE = BackendSpec(
         TORCH,
         Needs(
             distribution="sageattention",
-            specifier="!=2.0.*,!=2.1.0,<3,>=1.0.6",
+            specifier=str(RANGE),
             hint='pip install "polyattn-sage[kernel]"',
         ),
     ),
     probe_platform=_sage_platform,
     probe_availability=_sage_availability,
-    probe_request=sage_request_reasons,
+    probe_request=_sage_request,
     implementation="polyattn_sage.attention:build",
     footnotes={"cuda": "what is served depends on the version of sageattention"},
 )

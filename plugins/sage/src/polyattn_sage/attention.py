@@ -10,8 +10,9 @@ What is settled here and not left to the vendor's functions:
   values of one returns exactly that factor, and the first is divided by it. As k has no mean, L is
   at least the number of keys (Jensen), so the loss is at most empty / (keys + empty): where that is
   below half a unit in the last place of bfloat16, one pass runs and the bound is reported.
-* Additive masks reach sageattention 2 times log2(e), the unit its kernel adds them in. A query that
-  sees no key gives zeros.
+* Additive masks reach sageattention 2 less each row's maximum, which the softmax does not see, and
+  times log2(e), the unit its kernel adds them in. Both in float32: in the inputs' dtype a second
+  rounding would take from a large bias its small differences. A query that sees no key gives zeros.
 * The CUDA kernels of sageattention 2 are launched on the device's default stream, whatever stream
   is current: the two are made to wait for each other, and capture into a graph is an error.
 * Its fp8 kernels divide each channel of v by its largest value: a channel of zeros would come out
@@ -24,17 +25,17 @@ What is settled here and not left to the vendor's functions:
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from polyattn.contract import AttentionCall, AttentionRequest, Implementation
+from polyattn.contract import AttentionCall, AttentionRequest, Implementation, Reason
 from polyattn.environment import Environment
-from polyattn.errors import BackendUnavailableError, PolyattnError
+from polyattn.errors import BackendUnavailableError, KernelError
 from polyattn_sage import kernels
 from polyattn_sage.config import CheckFinite, Sage3Config, SageConfig
+from polyattn_sage.installation import EXTENSIONS_3, again, load_failures
 from polyattn_sage.kernels import Choice, choose
 
 __all__ = ["build", "build_3"]
@@ -63,11 +64,11 @@ def build(
     vendor = _Vendor("sage_attn", "sageattention", f"{version}", choice.function, install)
     if choice.built_flag is not None:
         # Where an extension was left out of a build, the vendor's import keeps it quiet.
-        core = _imported("sage_attn", "sageattention.core", f"{version}", install)
+        core = _imported("sageattention.core", f"{version}", install)
         if not getattr(core, choice.built_flag, True):
             raise BackendUnavailableError(
                 f"sage_attn: sageattention {version} is built without kernel={choice.kernel}",
-                hint=f"TORCH_CUDA_ARCH_LIST={environment.arch} {_again(install)}",
+                hint=f"TORCH_CUDA_ARCH_LIST={environment.arch} {again(install)}",
             )
     return SageAttention(vendor, choice, config.check_finite, request)
 
@@ -84,53 +85,48 @@ def build_3(
 # --- the vendor's package -------------------------------------------------------------------------
 
 
-def _imported(backend: str, module: str, version: str, hint: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a missing library, another torch's ABI, no Triton, ...
-        without_triton = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-        raise BackendUnavailableError(
-            f"{backend}: {module.partition('.')[0]} {version} is installed and does not import: "
-            f"{type(error).__name__}: {error}",
-            hint="pip install triton" if without_triton else _again(hint),
-        ) from error
+def _imported(module: str, version: str, install: str, function: str | None = None) -> Any:
+    """A module of the vendor, or a function in it; a failure is remembered for the probes."""
+    distribution = module.partition(".")[0]
+    key = (distribution, version)
+    if key not in load_failures:
+        try:
+            found = importlib.import_module(module)
+            if function is None:
+                return found
+            if not callable(getattr(found, function, None)):
+                where = getattr(found, "__file__", None)
+                raise ImportError(f"{where} has no such function as {function}")
+            return getattr(found, function)
+        except (Exception, SystemExit) as error:  # no library, another torch's ABI, no Triton, ...
+            load_failures[key] = Reason(
+                code="kernel-import-failed",
+                message=f"{distribution} {version} is installed and does not load: "
+                f"{type(error).__name__}: {error}",
+                hint=_remedy(error, distribution, install),
+            )
+    failure = load_failures[key]
+    raise BackendUnavailableError(failure.message, hint=failure.hint)
 
 
-def _again(install: str) -> str:
-    """The command that installs, for what is installed already and does not fit this torch."""
-    return install.replace("pip install", "pip install --force-reinstall --no-deps")
+def _remedy(error: BaseException, distribution: str, install: str) -> str | None:
+    """The command after a failed import: what is missing, or else the package once more."""
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    own, _, part = missing.partition(".")
+    if own in ("", distribution, *EXTENSIONS_3):
+        return again(install)
+    return None if part else f"pip install {own}"  # it is there, in a version without that part
 
 
 class _Vendor:
-    """One function of the vendor's package, whose failures say where they come from."""
+    """One function of the vendor's package, with the names for messages."""
 
     def __init__(
-        self, backend: str, distribution: str, version: str, function: str, hint: str
+        self, backend: str, distribution: str, version: str, function: str, install: str
     ) -> None:
-        module = _imported(backend, distribution, version, hint)
-        found = getattr(module, function, None)
-        if found is None:
-            raise BackendUnavailableError(
-                f"{backend}: {distribution} {version} offers {function}, and the module "
-                f"{distribution} in {getattr(module, '__file__', None)} has no such function",
-                hint=hint,
-            )
         self.backend = backend
         self.name = f"{distribution} {version}"
-        self.function: Callable[..., Any] = found
-
-    def __call__(self, *tensors: torch.Tensor, **options: Any) -> Any:
-        try:
-            return self.function(*tensors, **options)
-        except (PolyattnError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            shapes = ", ".join(f"{list(each.shape)} {each.dtype}" for each in tensors)
-            raise BackendUnavailableError(
-                f"{self.backend}: {self.name} failed in {self.function.__name__} for q, k, v "
-                f"{shapes} and {options}: {type(error).__name__}: {error}",
-                hint="another backend, e.g. backend='torch_sdpa'",
-            ) from error
+        self.function: Callable[..., Any] = _imported(distribution, version, install, function)
 
 
 # --- what both backends share ---------------------------------------------------------------------
@@ -171,7 +167,8 @@ class _Quantized:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         call.facts = self.facts
         scale, mask = call.scale, call.mask
-        seen = None
+        seen = top = None
+        inputs: tuple[torch.Tensor, ...] = (q, k, v)
         if mask is not None:
             if call.mask_kind == "key_padding":
                 hidden = ~mask[:, 0, 0, :, None, None]
@@ -179,13 +176,18 @@ class _Quantized:
             if mask.dtype is torch.bool:
                 seen = mask.any(-1, keepdim=True)
             else:
-                seen = (mask != float("-inf")).any(-1, keepdim=True)
-                mask = (mask * LOG2_E).clamp_(min=LOWEST_BIAS)
+                top = mask.amax(-1, keepdim=True).float()
+                seen = top != float("-inf")
+                top.masked_fill_(~seen, 0)
+                mask = (mask.float() - top).mul_(LOG2_E).clamp_(min=LOWEST_BIAS).to(q.dtype)
+                inputs = (q, k, v, mask)
         out, lse = self.launch(q, lambda: self._in_parts(q, k, v, call, scale, mask))
+        if top is not None and lse is not None:
+            lse = lse + top.squeeze(-1)
         if seen is not None:
             out = out.masked_fill(~seen.transpose(1, 2), 0)
             lse = None if lse is None else lse.masked_fill(~seen.squeeze(-1), float("-inf"))
-        self._search(out, (q, k, v), call)
+        self._search(out, inputs, call)
         if not call.return_lse:
             return out
         assert lse is not None
@@ -241,7 +243,7 @@ class _Quantized:
         self.searched = True
         if _finite(out) or not all(_finite(each) for each in inputs):
             return
-        raise BackendUnavailableError(
+        raise KernelError(
             f"{self.vendor.backend}: {self.vendor.name} returned NaN or infinity for finite q "
             f"{list(out.shape)}, k and v ({self.facts}): its accumulator overflowed, which shows "
             "as black frames",
@@ -250,7 +252,7 @@ class _Quantized:
 
     def remedy(self) -> str:
         """What to type when the accumulator overflows."""
-        return "an exact backend for this model, e.g. backend='torch_sdpa'"
+        return "backend='torch_sdpa'"
 
 
 def _parts(
@@ -285,9 +287,8 @@ def _within_reach(x: torch.Tensor) -> torch.Tensor:
 
 
 def _finite(x: torch.Tensor) -> bool:
-    """One pass, no temporary: NaN survives a minimum and a maximum."""
-    low, high = torch.aminmax(x)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    """One pass, one wait, no temporary: NaN survives a minimum and a maximum."""
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 # --- sage_attn ------------------------------------------------------------------------------------
@@ -310,7 +311,10 @@ class SageAttention(_Quantized):
             value = getattr(choice, name)
             if value is not None:
                 self.options[name] = facts[name] = value
-        self.returns_lse = choice.generation > 1
+        masked = request.mask != "none"
+        self.has_remedy = (choice.kernel == "fp16_cuda" and choice.pv_accum_dtype != "fp32") or (
+            choice.generation > 1 and choice.kernel == "triton" and not masked
+        )
         self.on_default_stream = choice.generation > 1 and choice.kernel != "triton"
         self.fp8 = choice.kernel.startswith("fp8")
         empty = -keys % KEY_BLOCK if choice.generation == 1 and not request.is_causal else 0
@@ -356,15 +360,15 @@ class SageAttention(_Quantized):
         if mask is not None:
             options["attn_mask"] = mask
         if call.return_lse:
-            out, lse = self.vendor(q, k, v, **options, return_lse=True)
+            out, lse = self.vendor.function(q, k, v, **options, return_lse=True)
             # [B, Sq, Hkv, G, D] x [B, Hkv, D]: what the subtracted mean would have added.
             grouped = q.float().view(*q.shape[:2], k.shape[2], -1, q.shape[3])
             shift = torch.einsum("bshgd,bhd->bhgs", grouped, mean.squeeze(1)).flatten(1, 2)
             return self.whole(out, v), lse + scale * shift
-        out = self.vendor(q, k, v, **options)
+        out = self.vendor.function(q, k, v, **options)
         if self.correct:
             ones = torch.ones((1, 1, 1, v.shape[3]), dtype=v.dtype, device=v.device)
-            share = self.vendor(q, k, ones.expand(v.shape), **options)
+            share = self.vendor.function(q, k, ones.expand(v.shape), **options)
             out = out.div_(share[..., :1])
         return self.whole(out, v), None
 
@@ -378,14 +382,9 @@ class SageAttention(_Quantized):
         return out
 
     def remedy(self) -> str:
-        if self.on_default_stream and self.facts["pv_accum_dtype"] in ("fp16", "fp16+fp32"):
+        if self.has_remedy:
             return "config={'kernel': 'fp16_cuda', 'pv_accum_dtype': 'fp32'}"
-        if self.on_default_stream:
-            return super().remedy()
-        return (
-            "backend='torch_sdpa', or sageattention 2 with config={'kernel': 'fp16_cuda', "
-            "'pv_accum_dtype': 'fp32'}"
-        )
+        return super().remedy()
 
 
 def _dimensions(request: AttentionRequest) -> tuple[int, int, int, int]:
@@ -428,5 +427,7 @@ class Sage3Attention(_Quantized):
         # The vendor subtracts k's mean in place: it is given a copy, whatever k's layout is.
         k = k.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         q, v = (each.transpose(1, 2).contiguous() for each in (q, v))
-        out = self.vendor(q, k, v, is_causal=call.is_causal, per_block_mean=self.per_block_mean)
+        out = self.vendor.function(
+            q, k, v, is_causal=call.is_causal, per_block_mean=self.per_block_mean
+        )
         return out.transpose(1, 2), None

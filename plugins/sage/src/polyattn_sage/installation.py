@@ -16,23 +16,39 @@ from packaging.utils import canonicalize_name
 
 from polyattn.contract import Reason
 from polyattn.environment import Environment
-from polyattn_sage.kernels import INSTALL_1, INSTALL_2, INSTALL_3, installed_version
+from polyattn_sage.kernels import INSTALL_1, INSTALL_2, INSTALL_3, RANGE, installed_version
 
-__all__ = ["sage3_package_reasons", "sage_package_reasons"]
+__all__ = [
+    "EXTENSIONS_3",
+    "again",
+    "load_failures",
+    "sage3_package_reasons",
+    "sage_package_reasons",
+]
 
 COMPILED = (".so", ".pyd")
+EXTENSIONS_3 = ("fp4attn_cuda", "fp4quant_cuda")  # top-level modules of sageattn3
+
+# What importing a package showed, by distribution and version: attention.py adds it.
+load_failures: dict[tuple[str, str], Reason] = {}
+
+
+def again(install: str) -> str:
+    """The command that installs, for what is installed already and does not fit this torch."""
+    return install.replace("pip install", "pip install --force-reinstall --no-deps")
 
 
 def sage_package_reasons(environment: Environment) -> list[Reason]:
     """What is wrong with the package ``sageattention`` as it lies on the disk."""
     if not _is_here(environment, "sageattention"):
         return []
-    version = installed_version(environment)
-    if version is None:
-        return _impostor_reasons(environment, "sageattention")
+    text, version = environment.version_of("sageattention"), installed_version(environment)
+    if text is None:
+        return _impostor_reasons("sageattention")
+    if version is None or not RANGE.contains(version, prereleases=True):
+        return []  # refused as it is, whatever its files are
     folder = _folder("sageattention")
-    reinstall = INSTALL_2 if version.major >= 2 else INSTALL_1
-    reinstall = reinstall.replace("pip install", "pip install --force-reinstall --no-deps")
+    reinstall = again(INSTALL_2 if version.major >= 2 else INSTALL_1)
     if isinstance(folder, Reason):
         return [folder.model_copy(update={"hint": reinstall})]
     compiled = [
@@ -48,7 +64,7 @@ def sage_package_reasons(environment: Environment) -> list[Reason]:
             "sageattention 2: one was installed over the other"
         )
     else:
-        return []
+        return _load_failures("sageattention", text)
     return [Reason(code="installation-broken", message=problem, hint=reinstall)]
 
 
@@ -56,14 +72,14 @@ def sage3_package_reasons(environment: Environment) -> list[Reason]:
     """What is wrong with ``sageattn3`` and its two extensions as they lie on the disk."""
     if not _is_here(environment, "sageattn3"):
         return []
-    if environment.version_of("sageattn3") is None:
-        return _impostor_reasons(environment, "sageattn3")
+    version = environment.version_of("sageattn3")
+    if version is None:
+        return _impostor_reasons("sageattn3")
     reasons = []
     folder = _folder("sageattn3")
     if isinstance(folder, Reason):
         reasons.append(folder.model_copy(update={"hint": INSTALL_3}))
-    extensions = ("fp4attn_cuda", "fp4quant_cuda")
-    missing = [name for name in extensions if _origin(name) is None]
+    missing = [name for name in EXTENSIONS_3 if _origin(name) is None]
     if missing:
         reasons.append(
             Reason(
@@ -73,18 +89,22 @@ def sage3_package_reasons(environment: Environment) -> list[Reason]:
             )
         )
     if environment.version_of("fastvideo-kernel") is not None:
-        taken = [name for name in extensions if _owns("fastvideo-kernel", name)]
+        taken = [name for name in EXTENSIONS_3 if _owns("fastvideo-kernel", name)]
         if taken:
             reasons.append(
                 Reason(
                     code="name-clash",
                     message=f"fastvideo-kernel {environment.version_of('fastvideo-kernel')} also "
                     f"installs {' and '.join(taken)}: one of the two has overwritten the other",
-                    hint="pip uninstall --yes fastvideo-kernel && "
-                    + INSTALL_3.replace("pip install", "pip install --force-reinstall --no-deps"),
+                    hint=f"pip uninstall --yes fastvideo-kernel && {again(INSTALL_3)}",
                 )
             )
-    return reasons
+    return reasons or _load_failures("sageattn3", version)
+
+
+def _load_failures(distribution: str, version: str) -> list[Reason]:
+    failure = load_failures.get((distribution, version))
+    return [] if failure is None else [failure]
 
 
 def _is_here(environment: Environment, distribution: str) -> bool:
@@ -128,7 +148,7 @@ def _folder(module: str) -> Path | Reason:
     )
 
 
-def _impostor_reasons(environment: Environment, module: str) -> list[Reason]:
+def _impostor_reasons(module: str) -> list[Reason]:
     """Something answers to the import name of a distribution that is not installed."""
     leftover, origin = _leftover(module), _origin(module)
     if leftover is not None:

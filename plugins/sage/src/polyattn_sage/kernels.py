@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from polyattn.contract import AttentionRequest, Reason
@@ -21,6 +22,8 @@ __all__ = [
     "INSTALL_2",
     "INSTALL_3",
     "KERNELS",
+    "RANGE",
+    "RANGE_WORDS",
     "Choice",
     "choose",
     "sage3_request_reasons",
@@ -32,6 +35,10 @@ INSTALL_1 = 'pip install "sageattention==1.0.6"'
 REPOSITORY = "git+https://github.com/thu-ml/SageAttention"
 INSTALL_2 = f"pip install --no-build-isolation {REPOSITORY}@v2.2.0"
 INSTALL_3 = f'pip install --no-build-isolation "{REPOSITORY}#subdirectory=sageattention3_blackwell"'
+
+# That of the extra `kernel`, and in words: between 1.0.6 and 2.1.1 there is no other release.
+RANGE = SpecifierSet("!=2.0.*,!=2.1.0,<3,>=1.0.6")
+RANGE_WORDS = "1.0.6, or 2.1.1 up to 3"
 
 HEAD_DIMS_1 = (64, 96, 128)
 ARCHITECTURES_2 = ("8.0", "8.6", "8.9", "9.0", "12.0", "12.1")
@@ -122,7 +129,8 @@ def sage_platform_reasons(environment: Environment) -> list[Reason]:
         Reason(
             code="compute-capability",
             message=f"sageattention {version} serves cuda compute capability "
-            f"{', '.join(ARCHITECTURES_2)}, found {environment.describe()}",
+            f"{', '.join(ARCHITECTURES_2)}, found {environment.describe()}, which 1.0.6 serves "
+            "without masks",
             hint=INSTALL_1,
         )
     ]
@@ -172,7 +180,7 @@ def sage_request_reasons(
     if version is None:
         return reasons
     if version.major < 2:
-        return reasons + _reasons_1(request, config, version)
+        return reasons + _reasons_1(request, config, environment, version)
     return reasons + _reasons_2(request, config, environment, version)
 
 
@@ -190,13 +198,19 @@ def _length_reasons(request: AttentionRequest) -> list[Reason]:
     return []
 
 
-def _reasons_1(request: AttentionRequest, config: SageConfig, version: Version) -> list[Reason]:
+def _reasons_1(
+    request: AttentionRequest, config: SageConfig, environment: Environment, version: Version
+) -> list[Reason]:
     reasons: list[Reason] = []
+    distributions = {**environment.distributions, "sageattention": "2.2.0"}
+    newer = environment.model_copy(update={"distributions": distributions})
+    serves = environment.arch in ARCHITECTURES_2 and not _reasons_2(
+        request, config, newer, Version("2.2.0")
+    )
+    hint = INSTALL_2 if serves else None
 
     def refuse(code: str, message: str) -> None:
-        reasons.append(
-            Reason(code=code, message=f"sageattention {version} {message}", hint=INSTALL_2)
-        )
+        reasons.append(Reason(code=code, message=f"sageattention {version} {message}", hint=hint))
 
     if config.kernel not in ("auto", "triton"):
         refuse("kernel", f"has kernel=triton only, found kernel={config.kernel}")
