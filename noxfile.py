@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent
 PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
-DISTRIBUTIONS = ["core", *(f"plugins/{name}" for name in PLUGINS), "demo"]
+DISTRIBUTIONS = ["core", "kernels", *(f"plugins/{name}" for name in PLUGINS), "demo"]
 VERSION = (ROOT / "VERSION").read_text().strip()
 PYTHONS = re.findall(r'Python :: (3\.\d+)"', (ROOT / "core" / "pyproject.toml").read_text())
 TORCH_PYTHON = "3.11"  # the version constraints/cpu.txt pins a CPU build of torch for
@@ -32,6 +32,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "types", "tests", "torch_free", "none", "alone", "install"]
 
 PYTEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+INTERPRETER = ["triton==3.6.0", "numpy<2.3"]  # runs Triton's kernels on a CPU
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -112,7 +113,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(python=TORCH_PYTHON)
 def tests(session: nox.Session) -> None:
     """The whole test suite with everything installed (arguments go to pytest)."""
-    install_workspace(session, *PYTEST)
+    install_workspace(session, *PYTEST, *INTERPRETER)
     session.run("python", "-m", "pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 VERSION = (ROOT / "VERSION").read_text().strip()
 PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
-DISTRIBUTIONS = ["core", *(f"plugins/{name}" for name in PLUGINS), "demo"]
+DISTRIBUTIONS = ["core", "kernels", *(f"plugins/{name}" for name in PLUGINS), "demo"]
 
 
 def tracked(*patterns: str) -> list[Path]:
