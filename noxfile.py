@@ -114,7 +114,8 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole test suite with everything installed (arguments go to pytest)."""
     install_workspace(session, *PYTEST, *INTERPRETER)
-    session.run("python", "-m", "pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+    environment = {**ONE_THREAD, "TRITON_INTERPRET": "1"}
+    session.run("python", "-m", "pytest", "-n", "2", *session.posargs, env=environment)
 
 
 @nox.session(python=TORCH_PYTHON)
