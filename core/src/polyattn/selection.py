@@ -12,6 +12,7 @@ error with all reasons; the written exceptions are recorded in the selection and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pkgutil
@@ -439,27 +440,30 @@ def _unavailable(
     request: AttentionRequest,
     environment: Environment,
 ) -> BackendUnavailableError:
-    try:
+    alternative = None
+    with contextlib.suppress(BackendUnavailableError):
         alternative = _automatic(request, environment, {}, None, "automatic").chosen
-    except BackendUnavailableError:
-        nearest_words = ""
-    else:
+    nearest_words = ""
+    if alternative is not None:
         nearest_words = f"\n  {alternative} could serve it" + (
             " with other parameters"
             if alternative == refused.name
             else f" (backend={alternative!r})"
         )
-    hints = [reason.hint for reason in refused.reasons if reason.hint]
-    # Of commands that install, the last is the one that also knows the request.
-    installs = [
-        r.hint for r in refused.reasons if r.hint and r.code in (*RUNTIME_MISSING, "strict")
-    ]
+    codes = {each.code for each in refused.reasons}
+    hints = [each.hint for each in refused.reasons if each.hint]
+    if codes & {"platform", "compute-capability"}:  # no installation helps on this device
+        hints = [] if alternative in (None, refused.name) else [f"backend={alternative!r}"]
+    elif codes & {*RUNTIME_MISSING, "strict"}:
+        # Of commands that install, the last is the one that also knows the request.
+        telling = [each for each in refused.reasons if each.code in (*RUNTIME_MISSING, "strict")]
+        hints = [each.hint for each in telling[::-1] if each.hint] or hints
     return BackendUnavailableError(
         f"the backend {requested!r}, asked for by {_source_words(source)}, cannot serve "
         f"{_words(request)} on {environment.describe()}:"
         + "".join(f"\n  - {reason.message}" for reason in refused.reasons)
         + nearest_words,
-        hint=next(iter([*installs[-1:], *hints]), None),
+        hint=next(iter(hints), None),
         trace=(refused,),
     )
 
