@@ -24,9 +24,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "reference.md"], ids=str)
-def test_python_blocks_run(page: Path) -> None:
-    found = blocks(page, "python")
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/reference.md", "demo/README.md", "kernels/README.md"]
+)
+def test_python_blocks_run(page: str) -> None:
+    found = blocks(ROOT / page, "python")
     assert found
     for block in found:
         answer = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)

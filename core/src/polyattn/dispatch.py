@@ -223,10 +223,13 @@ def _sign_in_q(implementation: Implementation, scale: float) -> Implementation:
     return run
 
 
-def _explained(error: BaseException, chosen: Selection, request: str) -> KernelError | None:
-    """What a plugin or its vendor's kernel raised, with who it was and what it was asked."""
+def _explain(error: BaseException, chosen: Selection, request: str) -> None:
+    """Raise what a plugin or its vendor's kernel raised with who it was and what it was asked.
+
+    Returns for an error that says so already, or that callers wait for by its class.
+    """
     if isinstance(error, (PolyattnError, torch.OutOfMemoryError)):
-        return None  # says it already, or is what callers wait for by its class
+        return
     backend = registry().backends.get(chosen.chosen)
     versions = []
     if backend is not None:
@@ -238,13 +241,13 @@ def _explained(error: BaseException, chosen: Selection, request: str) -> KernelE
             if each.distribution in installed
         ]
     lost = "CUDA error" in str(error) or "HIP error" in str(error)
-    return KernelError(
+    raise KernelError(
         f"the backend {chosen.chosen!r} ({', '.join(versions) or 'no longer installed'}) raised "
         f"{type(error).__name__}: {error}\n  for {request}, parameters "
         f"{dict(chosen.parameters)}, torch {torch.__version__}"
         + ("\n  the process may have lost its device: start a new one" if lost else ""),
         hint="polyattn doctor --deep, or another backend (polyattn backends)",
-    )
+    ) from error
 
 
 _decisions: dict[Any, _Decision] = {}
@@ -423,9 +426,8 @@ def attend(
     try:
         result = decision.implementation(q, k, v, call)
     except Exception as error:
-        if (explained := _explained(error, decision.selection, decision.words())) is None:
-            raise
-        raise explained from error
+        _explain(error, decision.selection, decision.words())
+        raise
     row, epoch, _ = decision.last
     if row is not None and epoch is current_report().epoch:
         if row.last_facts is call.facts:
@@ -461,9 +463,8 @@ def _attend_in_context(
     try:
         result = decision.implementation(q, k, v, call)
     except Exception as error:
-        if (explained := _explained(error, decision.selection, decision.words())) is None:
-            raise
-        raise explained from error
+        _explain(error, decision.selection, decision.words())
+        raise
     decision.check_result(result, q, return_lse)
     decision.row(phase).count(context, call.facts)
     return result
@@ -520,9 +521,8 @@ def _decide(
         try:
             implementation = factory(parameters, request, environment)
         except (Exception, SystemExit) as error:
-            if (explained := _explained(error, chosen, str(request))) is None:
-                raise
-            raise explained from error
+            _explain(error, chosen, str(request))
+            raise
         schedule = parameters if isinstance(parameters, ScheduledConfig) else None
         if dense is None:
             schedule = None
