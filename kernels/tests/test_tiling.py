@@ -252,3 +252,23 @@ def test_a_named_provider_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ProviderError, match="need CUDA or ROCm tensors, found cpu"):
         gather_tokens(x, index, provider="triton")
+
+
+def test_visible_tokens_come_first_in_their_block() -> None:
+    cut = tiling((3, 5, 3), (2, 2, 2), text_after=11)
+    visible = torch.rand(2, cut.length, generator=torch.Generator().manual_seed(3)) < 0.6
+    slots, lengths = cut.visible_first(visible)
+    assert slots.shape == (2, 1, cut.padded_length)
+    for item in range(2):
+        blocks = slots[item, 0].view(cut.num_blocks, cut.block).tolist()
+        plain = cut.slot_tokens[0, 0].view(cut.num_blocks, cut.block).tolist()
+        for block, before, length in zip(blocks, plain, lengths[item, 0].tolist(), strict=True):
+            shown = [token for token in before if token >= 0 and visible[item, token]]
+            assert block[:length] == shown
+            assert sorted(block) == sorted(before)
+    everything = torch.ones(1, cut.length, dtype=torch.bool)
+    slots, lengths = cut.visible_first(everything)
+    assert torch.equal(slots, cut.slot_tokens)
+    assert torch.equal(lengths, cut.lengths)
+    with pytest.raises(AttentionInputError, match="bool"):
+        cut.visible_first(torch.ones(1, cut.length))

@@ -251,7 +251,8 @@ class AttentionCall:
     """What one call carries beside q, k and v. ``scale`` is positive, ``mask`` is 4-D or None.
 
     An implementation may set ``facts`` (a flat mapping such as ``{"kernel": "cudnn"}`` or
-    ``{"density": 0.125}``); they appear in the run's report.
+    ``{"density": 0.125}``); they appear in the run's report. A number may be left on its device, as
+    a tensor of one element: it is read when the report is.
     """
 
     is_causal: bool

@@ -17,10 +17,12 @@ from polyattn.context import ForwardContext
 
 __all__ = ["Report", "Row", "current_report", "ranges", "report", "reporting_to"]
 
+MOST_WAITING = 4096  # numbers of one fact that may wait on a device
+
 
 @dataclass(slots=True)
 class Row:
-    """Calls that shared one decision. ``facts`` holds what the backend told of itself."""
+    """Calls that shared one decision."""
 
     role: str
     requested: str | None
@@ -31,31 +33,53 @@ class Row:
     calls: int = 0
     steps: set[int] = field(default_factory=set)
     layers: set[int] = field(default_factory=set)
-    facts: dict[str, Any] = field(default_factory=dict)
     last_facts: Mapping[str, Any] | None = None
+    _words: dict[str, Any] = field(default_factory=dict)
+    _sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _on_device: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the backend told of itself: numbers averaged over calls, other values collected.
+
+        Numbers that a backend left on a device are fetched now, which waits for it.
+        """
+        for name in list(self._on_device):
+            self._fetch(name)
+        means = {name: total / number for name, (total, number) in self._sums.items()}
+        return {**self._words, **means}
 
     def count(self, context: ForwardContext | None, facts: Mapping[str, Any] | None) -> None:
-        """Add one call. Numbers in ``facts`` are averaged over calls, other values collected."""
+        """Add one call. A fact may be a float, a tensor of one number, or any other value."""
         self.calls += 1
         if context is not None:
             if context.step is not None:
                 self.steps.add(context.step)
             if context.layer is not None:
                 self.layers.add(context.layer)
-        if facts is not self.last_facts:
-            self.last_facts = facts
-            for name, value in (facts or {}).items():
-                self._add_fact(name, value)
+        self.last_facts = facts
+        for name, value in (facts or {}).items():
+            self._add_fact(name, value)
 
     def _add_fact(self, name: str, value: Any) -> None:
-        known = self.facts.get(name)
         if isinstance(value, float):
-            mean = value if known is None else known
-            self.facts[name] = mean + (value - mean) / self.calls
-        elif known is None or known == value:
-            self.facts[name] = value
-        elif str(value) not in str(known).split(", "):
-            self.facts[name] = f"{known}, {value}"
+            total, number = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, number + 1)
+        elif hasattr(value, "item"):  # a tensor: reading it now would stall the device
+            waiting = self._on_device.setdefault(name, [])
+            waiting.append(value)
+            if len(waiting) >= MOST_WAITING:
+                self._fetch(name)
+        else:
+            known = self._words.get(name)
+            if known is None or known == value:
+                self._words[name] = value
+            elif str(value) not in str(known).split(", "):
+                self._words[name] = f"{known}, {value}"
+
+    def _fetch(self, name: str) -> None:
+        for value in self._on_device.pop(name, ()):
+            self._add_fact(name, float(value.item()))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,7 +92,7 @@ class Row:
             "calls": self.calls,
             "steps": sorted(self.steps),
             "layers": sorted(self.layers),
-            **({"facts": dict(self.facts)} if self.facts else {}),
+            **({"facts": facts} if (facts := self.facts) else {}),
         }
 
 

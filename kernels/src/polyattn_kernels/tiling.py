@@ -126,6 +126,33 @@ class Tiling:
         self._check(x, self.padded_length, "padded rows")
         return gather_tokens(x, self.slots, provider=provider)
 
+    def visible_first(self, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The padded layout of keys some of which are hidden, per batch item.
+
+        Args:
+            visible: bool ``[B | 1, S]``, by token: keys that may be attended.
+
+        Returns:
+            slot_tokens: int32 ``[B | 1, 1, M * block]``: the token in each row, -1 for padding;
+                within a block, visible tokens first. Move keys and values by it, with
+                :func:`~polyattn_kernels.permutation.gather_tokens`.
+            lengths: int32 ``[B | 1, 1, M]``: visible tokens of each block, for a plan's
+                ``key_lengths``.
+        """
+        if visible.dim() != 2 or visible.shape[1] != self.length or visible.dtype is not torch.bool:
+            raise AttentionInputError(
+                f"visible must be bool [B, S] with S={self.length}, found {visible.dtype} "
+                f"{list(visible.shape)}"
+            )
+        batch = visible.shape[0]
+        slots = self.slot_tokens.expand(batch, 1, -1)
+        shown = visible[:, None].gather(-1, slots.long().clamp_min(0)) & (slots >= 0)
+        shown = shown.view(batch, 1, self.num_blocks, self.block)
+        # Stable, so that visible tokens keep their order, hidden ones too, and padding stays last.
+        order = torch.argsort((~shown).int(), dim=-1, stable=True)
+        slots = slots.reshape(shown.shape).gather(-1, order).flatten(-2)
+        return slots, shown.sum(-1, dtype=torch.int32)
+
     def _check(self, x: torch.Tensor, length: int, what: str) -> None:
         if x.dim() != 4 or x.shape[1] != length:
             raise AttentionInputError(
