@@ -8,9 +8,13 @@ variable blocks have lognormal sizes and random permutations. Variants of one ca
 turns. A provider that refuses or fails is a row that says why.
 
     python bench/block_sparse.py [--quick] [--seconds 110] [--only REGEX] [--output FOLDER]
+    python bench/block_sparse.py --part 0/2 ...; python bench/block_sparse.py --part 1/2 ...
+    python bench/block_sparse.py --join A/block_sparse.json B/block_sparse.json
 
-Needs the packages of core/ and kernels/ (installed, or on PYTHONPATH). Rows are written as they
-come, to block_sparse.partial.jsonl in the output folder.
+``--quick`` measures the cases that the kernels are held to, with variants of each tier; without it,
+every provider at every shape. Parts are for several GPUs, each with an --output of its own. Needs
+the packages of core/ and kernels/ (installed, or on PYTHONPATH). Rows are written as they come, to
+block_sparse.partial.jsonl in the output folder.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from common import RESULTS, gpu_milliseconds, save, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyattn_kernels.plan import BlockSparsePlan
+from polyattn_kernels.providers import hopper as hopper_provider
 from polyattn_kernels.providers import triton as triton_provider
 
 DEVICE = "cuda"
@@ -67,13 +72,13 @@ def cases(quick: bool) -> list[Case]:
     """The most telling first, so that a time limit cuts the rest."""
     if quick:
         return [
+            *(Case(69_120, 8, 128, density, (128, 128)) for density in (0.05, 0.125, 0.25)),
+            *(Case(69_120, 8, 128, density, (128, 64)) for density in (0.05, 0.125)),
+            *(Case(69_120, 8, 128, density, (64, 64)) for density in (0.05, 0.125)),
+            *(Case(75_600, 8, 128, 0.25, None, variation) for variation in (0.5, 1.0)),
             Case(75_600, 8, 128, 0.125, (128, 128)),
-            Case(69_120, 8, 128, 0.125, (128, 128)),
-            Case(69_120, 8, 128, 0.05, (64, 64)),
-            Case(75_600, 8, 128, 0.25, None, 1.0),
+            Case(118_806, 8, 128, 0.125, (128, 128)),
             Case(75_600, 8, 64, 0.125, (128, 128)),
-            Case(69_120, 8, 128, 0.125, (128, 64)),
-            Case(69_120, 8, 128, 0.05, (128, 128)),
         ]
     found = []
     for heads in (8, 24):
@@ -160,9 +165,9 @@ def milliseconds_to_plan(plan: BlockSparsePlan) -> float:
 
 
 def sparse_variants(
-    plan: BlockSparsePlan, tensors: Tensors
+    plan: BlockSparsePlan, tensors: Tensors, inside: bool
 ) -> tuple[dict[str, Callable[[], Result]], dict[str, str]]:
-    """Functions by name, and why the others cannot run."""
+    """Functions by name, and why the others cannot run; ``inside``: also variants of a tier."""
     q, k, v = tensors
     scale = q.shape[-1] ** -0.5
     found: dict[str, Callable[[], Result]] = {}
@@ -182,9 +187,32 @@ def sparse_variants(
                 refused[name] = "; ".join(why)
             else:
                 found[name] = partial(module.run, q, k, v, plan, scale, False)
-    if "triton" in found:
+    if plan.is_uniform and plan.query_block == plan.key_block:
+        try:
+            found["cuDNN (no provider)"] = cudnn(plan, tensors)
+        except ImportError as problem:
+            refused["cuDNN (no provider)"] = describe(problem)
+    if inside and "hopper" in found:
+        found["hopper: with LSE"] = lambda: hopper_provider.run(q, k, v, plan, scale, True)
+    if inside and "triton" in found:
         found |= triton_variants(plan, tensors, scale)
     return found, refused
+
+
+def cudnn(plan: BlockSparsePlan, tensors: Tensors) -> Callable[[], Result]:
+    """The block-sparse kernel of nvidia-cudnn-frontend, which is not among the providers."""
+    from cudnn.block_sparse_attention import block_sparse_attention_forward
+
+    q, k, v = (each.transpose(1, 2).contiguous() for each in tensors)  # not counted
+
+    def attend() -> Result:
+        found = block_sparse_attention_forward(
+            q, k, v, plan.key_indices, q2k_block_nums=plan.key_counts,
+            sparse_block_size=plan.query_block,
+        )  # fmt: skip
+        return found["o_tensor"].transpose(1, 2), None
+
+    return attend
 
 
 def triton_variants(
@@ -202,7 +230,7 @@ def triton_variants(
             )
 
         return {
-            "triton: runs found in the kernel": gathered(token_list_bytes=0),
+            "triton: with LSE": lambda: triton_provider.run(q, k, v, plan, scale, True),
             "triton: items not sorted": gathered(sort_by_cost=False),
         }
     chosen = triton_provider.uniform_config(
@@ -212,18 +240,13 @@ def triton_variants(
     def uniform(config: triton_provider.TileConfig, **how: Any) -> Callable[[], Result]:
         return lambda: triton_provider.attend_uniform(q, k, v, plan, scale, False, config, **how)
 
-    found = {
+    return {
+        "triton: with LSE": lambda: triton_provider.run(q, k, v, plan, scale, True),
+        "triton: not warp-specialised": uniform(chosen),
+        "triton: checked": uniform(chosen, checked=True),
         "triton: unchecked": uniform(chosen, checked=False),
-        "triton: with LSE": lambda: triton_provider.attend_uniform(
-            q, k, v, plan, scale, True, chosen
-        ),
+        "triton: pointers": uniform(replace(chosen, descriptors=False)),
     }
-    if chosen.descriptors:
-        found["triton: pointers"] = uniform(replace(chosen, descriptors=False))
-        clean = plan.key_length % plan.key_block == 0
-        if clean and plan.query_block % 128 == plan.key_block % 128 == 0:
-            found["triton: warp-specialised"] = uniform(triton_provider._WARP_SPECIALIZED)
-    return found
 
 
 def dense_variants(tensors: Tensors) -> dict[str, Callable[[], Any]]:
@@ -337,7 +360,7 @@ def describe(problem: Exception) -> str:
     return f"{type(problem).__name__}: {problem}"[:300].replace("\n", " ").replace("|", "/")
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, inside: bool) -> dict[str, Any]:
     shape = (1, case.length, case.heads, case.head_dim)
     q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
     tensors = (q, k, v)
@@ -345,7 +368,7 @@ def measure(case: Case) -> dict[str, Any]:
     density = float(plan.density())
     flops = 4.0 * case.head_dim * density * case.heads * case.length**2
     found: dict[str, Any] = {"case": str(case), "density": density, "failed": {}}
-    variants, refused = sparse_variants(plan, tensors)
+    variants, refused = sparse_variants(plan, tensors, inside)
     found["refused"] = refused
     found |= {"error": {}, "first_s": {}, "peak_mib": {}}
     running: dict[str, Callable[[], Any]] = {}
@@ -371,9 +394,9 @@ def measure(case: Case) -> dict[str, Any]:
             stop_if_the_device_is_lost(problem)
     dense = dense_variants(tensors)
     best = best_dense(case, dense)
-    expensive = flops / density > 60e12
+    work = max(flops, flops / density / 2)
     times = gpu_milliseconds(
-        running | {"dense": dense[best]}, repeats=4 if expensive else 8, warmup=1
+        running | {"dense": dense[best]}, repeats=3 if work > 5e12 else 8, warmup=0
     )
     dense_ms = times.pop("dense")
     found["dense"] = {"kernel": best, "ms": dense_ms, "tflops": flops / density / dense_ms / 1e9}
@@ -444,10 +467,16 @@ def plot(data: list[dict[str, Any]], path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="seven cases, under 120 seconds")
+    parser.add_argument("--quick", action="store_true", help="the cases with targets")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th case, from the I-th")
+    parser.add_argument("--join", nargs="+", type=Path, default=[], help="results of parts")
     parser.add_argument("--seconds", type=float, default=110, help="stop after about this long")
     parser.add_argument("--only", default="", help="cases whose name matches this expression")
     arguments = parser.parse_args()
+    if arguments.join:
+        join(arguments.join, arguments.output)
+        return
+    part, parts = map(int, arguments.part.split("/"))
     begun = time.monotonic()
     torch.manual_seed(0)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -456,7 +485,7 @@ def main() -> None:
     data: list[dict[str, Any]] = []
     longest, lost = 20.0, ""
     with torch.no_grad():
-        for case in cases(arguments.quick):
+        for case in cases(arguments.quick)[part::parts]:
             if not re.search(arguments.only, str(case)):
                 continue
             started = time.monotonic()
@@ -467,7 +496,7 @@ def main() -> None:
                 data.append({"case": str(case), "skipped": "no time left"})
                 continue
             try:
-                data.append(measure(case))
+                data.append(measure(case, arguments.quick))
             except DeviceLostError as problem:
                 lost = str(problem)
                 data.append({"case": str(case), "skipped": f"lost the device: {lost}"})
@@ -480,16 +509,52 @@ def main() -> None:
             if not lost:
                 torch.cuda.empty_cache()
             longest = max(longest, time.monotonic() - started)
+    command = " ".join(["python bench/block_sparse.py", *sys.argv[1:]])
+    write(arguments.output, data, command)
+
+
+def join(files: list[Path], output: Path) -> None:
+    """One result of the parts that several GPUs measured."""
+    loaded = [json.loads(file.read_text()) for file in files]
+    order = {str(case): number for number, case in enumerate(cases(False))}
+    data = [result for each in loaded for result in each["data"]]
+    data.sort(key=lambda result: order.get(result["case"], len(order)))
+    where = loaded[0]["machine"]
+    if any(each["machine"] != where for each in loaded):
+        raise SystemExit("the parts were not measured on one kind of machine at one commit")
+    write(output, data, " and ".join(each["command"] for each in loaded), where)
+
+
+def write(
+    output: Path, data: list[dict[str, Any]], command: str, where: dict[str, Any] | None = None
+) -> None:
     note = (
         "bf16, B=1, random ascending lists. TF/s count selected pairs only. Speed-up: over the "
         "fastest dense kernel found, timed in the same turns. Error: relative, against float64, "
         f"{SAMPLED_BLOCKS} blocks of queries. Peak: memory of one call above its inputs, the "
         "output included. plan ms: the lists from a boolean map of blocks.\n\n"
     )
-    note += plot(data, arguments.output / "block_sparse.png") + "\n\n"
-    command = " ".join(["python bench/block_sparse.py", *sys.argv[1:]])
+    note += plot(data, output / "block_sparse.png") + "\n\n"
+    note += "## Fastest provider\n\n" + winners(data) + "\n\n## All\n\n"
     body = table(HEADINGS, [row for result in data for row in rows(result)])
-    save(arguments.output, "block_sparse", "Block-sparse attention", command, note + body, data)
+    save(output, "block_sparse", "Block-sparse attention", command, note + body, data, where)
+
+
+def winners(data: list[dict[str, Any]]) -> str:
+    """How often each provider is the fastest, by kind of block and head dimension."""
+    kinds: dict[str, dict[str, int]] = {}
+    for result in data:
+        if times := {name: ms for name, ms in result.get("ms", {}).items() if ":" not in name}:
+            words = result["case"].split()
+            kind = "variable" if words[3].startswith("cv") else words[3]
+            counts = kinds.setdefault(f"{kind}, {words[2]}", {})
+            best = min(times, key=lambda name: times[name])
+            counts[best] = counts.get(best, 0) + 1
+    names = sorted({name for counts in kinds.values() for name in counts})
+    lines = [
+        [kind, *(str(counts.get(name, 0)) for name in names)] for kind, counts in kinds.items()
+    ]
+    return table(["blocks", *names], lines)
 
 
 if __name__ == "__main__":

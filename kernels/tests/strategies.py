@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from polyattn_kernels.plan import BlockSparsePlan
 
 __all__ = [
+    "assert_matches",
+    "guarded",
     "oracle",
     "plans",
     "random_plan",
@@ -28,6 +30,7 @@ __all__ = [
     "token_lists",
     "token_mask",
     "tokens_of_blocks",
+    "tolerance",
 ]
 
 Kind = Literal["uniform", "ragged", "variable"]
@@ -301,3 +304,46 @@ def random_tensors(
             view.copy_(each)
             tensors[number] = view
     return tensors[0], tensors[1], tensors[2]
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Largest relative error of a row; on a GPU, float32 products are three passes of tf32."""
+    if dtype is torch.float32:
+        return 1e-4 if device.type == "cuda" else 2e-5
+    return {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+
+
+def assert_matches(
+    found: tuple[torch.Tensor, torch.Tensor | None],
+    expected: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    magnitude: float = 1.0,
+) -> None:
+    """Relative error per row, zeros and -inf exactly where the oracle has them."""
+    out, expected_out = found[0].cpu(), expected[0]
+    assert out.dtype is dtype
+    blind = expected[1].transpose(1, 2).isneginf()
+    assert torch.all(out[blind] == 0)
+    assert torch.isfinite(out).all()
+    distance = (out.double() - expected_out).norm(dim=-1)
+    size = expected_out.norm(dim=-1).clamp_min(0.1)
+    assert (distance / size).max() < tolerance(dtype, found[0].device) * magnitude
+    if found[1] is not None:
+        lse = found[1].cpu()
+        assert lse.dtype is torch.float32
+        assert torch.equal(lse.isneginf(), expected[1].isneginf())
+        seen = ~expected[1].isneginf()
+        error = (lse[seen].double() - expected[1][seen]).abs()
+        assert torch.all(error < 1e-3 * expected[1][seen].abs().clamp_min(1))
+
+
+def guarded(x: torch.Tensor, guard: float) -> torch.Tensor:
+    """The same values with ``guard`` before and after them in memory.
+
+    A read outside the tensor then turns the result into NaN, if guard is NaN.
+    """
+    around = 8192
+    store = torch.full((x.numel() + 2 * around,), guard, dtype=x.dtype, device=x.device)
+    inner = store[around:-around].view(x.shape)
+    inner.copy_(x)
+    return inner

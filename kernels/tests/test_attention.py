@@ -269,7 +269,7 @@ def test_on_a_cpu_the_reference_runs() -> None:
 
 
 def test_a_name_that_is_no_provider_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ProviderError, match="'tritton'; there are auto, reference, triton"):
+    with pytest.raises(ProviderError, match="'tritton'; there are auto, reference, hopper, triton"):
         block_sparse_attention(**tensors(provider="tritton"))
 
 

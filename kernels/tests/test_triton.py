@@ -17,10 +17,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import oracle, plans, random_plan, random_tensors
+from strategies import (
+    assert_matches,
+    guarded,
+    oracle,
+    plans,
+    random_plan,
+    random_tensors,
+)
 
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import triton as provider
+from polyattn_kernels.providers._lists import _work_items
 
 HAS_TRITON = True
 try:
@@ -32,13 +40,6 @@ except ImportError:
     HAS_TRITON = False
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On a GPU, float32 products are three passes of tf32.
-TOLERANCE = {
-    torch.float32: 1e-4 if DEVICE == "cuda" else 2e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.2e-2,
-}
-
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 # The interpreter multiplies bfloat16 as if its bits were integers.
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -56,35 +57,11 @@ def attend(
     return out, lse
 
 
-def check(
-    found: tuple[torch.Tensor, torch.Tensor | None],
-    expected: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype = torch.float32,
-    magnitude: float = 1.0,
-) -> None:
-    """Relative error per row, zeros and -inf exactly where the oracle has them."""
-    out, expected_out = found[0].cpu(), expected[0]
-    assert out.dtype is dtype
-    blind = expected[1].transpose(1, 2).isneginf()
-    assert torch.all(out[blind] == 0)
-    assert torch.isfinite(out).all()
-    distance = (out.double() - expected_out).norm(dim=-1)
-    size = expected_out.norm(dim=-1).clamp_min(0.1)
-    assert (distance / size).max() < TOLERANCE[dtype] * magnitude
-    if found[1] is not None:
-        lse = found[1].cpu()
-        assert lse.dtype is torch.float32
-        assert torch.equal(lse.isneginf(), expected[1].isneginf())
-        seen = ~expected[1].isneginf()
-        error = (lse[seen].double() - expected[1][seen]).abs()
-        assert torch.all(error < 1e-3 * expected[1][seen].abs().clamp_min(1))
-
-
 def compare(plan: BlockSparsePlan, seed: int = 0, scale: float | None = None, **how: Any) -> None:
     q, k, v = random_tensors(plan, seed, device=DEVICE, **how)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # A rounded score is off by its size, and an exponential's relative error is that of its score.
-    check(
+    assert_matches(
         attend(q, k, v, plan, scale), oracle(q, k, v, plan, scale=scale), q.dtype,
         how.get("magnitude", 1.0) * max(1.0, abs(scale)),
     )  # fmt: skip
@@ -155,7 +132,7 @@ def test_the_last_dimension_may_be_strided() -> None:
     q, k, v = random_tensors(plan, head_dim=32, device=DEVICE)
     spread = [torch.stack((each, each), dim=-1)[..., 0] for each in (q, k, v)]
     assert all(each.stride(-1) == 2 for each in spread)
-    check(attend(*spread, plan, 0.2), oracle(q, k, v, plan, scale=0.2))
+    assert_matches(attend(*spread, plan, 0.2), oracle(q, k, v, plan, scale=0.2))
 
 
 @needs_triton
@@ -187,7 +164,7 @@ def test_gathered_keys_by_lists_in_turns_or_from_the_table(
         q, k, v, plan, 0.2, True, provider.gather_config(32, q.dtype, (0, 0)),
         token_list_bytes=token_list_bytes, sort_by_cost=sort_by_cost,
     )  # fmt: skip
-    check(found, oracle(q, k, v, plan, scale=0.2))
+    assert_matches(found, oracle(q, k, v, plan, scale=0.2))
 
 
 @needs_triton
@@ -206,7 +183,7 @@ def test_offsets_past_32_bits_take_the_wide_path() -> None:
     q = q.half()
     config = provider.gather_config(16, q.dtype, (0, 0))
     found = provider.attend_gathered(q, *wide, plan, 0.25, True, config)
-    check(found, oracle(q, *wide, plan, scale=0.25), torch.float16)
+    assert_matches(found, oracle(q, *wide, plan, scale=0.25), torch.float16)
     assert "stride between tokens of k" in " ".join(provider.reasons(plan, q, *wide))
 
 
@@ -230,7 +207,7 @@ def test_descriptors_read_every_layout_they_claim(layout: str, keys: Any) -> Non
     assert provider._describable(q, k, v)
     config = replace(provider.uniform_config(64, 32, 32, q.dtype, (0, 0)), descriptors=True)
     found = provider.attend_uniform(q, k, v, plan, 0.2, True, config)
-    check(found, oracle(q, k, v, plan, scale=0.2))
+    assert_matches(found, oracle(q, k, v, plan, scale=0.2))
 
 
 def test_what_descriptors_cannot_read() -> None:
@@ -266,18 +243,6 @@ def test_a_configuration_that_does_not_fit_is_refused() -> None:
 
 
 # --- wrong plans ------------------------------------------------------------------------------
-
-
-def guarded(x: torch.Tensor, guard: float) -> torch.Tensor:
-    """The same values with ``guard`` before and after them in memory.
-
-    A read outside the tensor then turns the result into NaN, if guard is NaN.
-    """
-    around = 8192
-    store = torch.full((x.numel() + 2 * around,), guard, dtype=x.dtype, device=x.device)
-    inner = store[around:-around].view(x.shape)
-    inner.copy_(x)
-    return inner
 
 
 WRONG_INDICES = [-1, -(2**31), 2**31 - 1, 6, 7, 100, 5]
@@ -374,9 +339,9 @@ def test_work_items_cover_every_query_once(sizes: list[int], rows: int, by_cost:
         return
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     costs = torch.tensor([[(7 * number) % 5 for number in range(len(sizes))]])
-    items = provider._work_items(
+    items = _work_items(
         torch.tensor([starts], dtype=torch.int32), torch.tensor([sizes], dtype=torch.int32),
-        costs if by_cost else None, rows, length,
+        costs if by_cost else None, rows, 1, rows, length,
     )  # fmt: skip
     assert items.dtype is torch.int32
     assert items.is_contiguous()

@@ -6,6 +6,8 @@ are obeyed or refused, never replaced.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 import os
 
@@ -13,7 +15,15 @@ import torch
 
 from polyattn_kernels.errors import ProviderError
 
-__all__ = ["choose_provider", "triton_reasons"]
+__all__ = [
+    "TESTED_TRITON",
+    "choose_provider",
+    "is_tested_triton",
+    "triton_reasons",
+    "triton_version",
+]
+
+TESTED_TRITON = ("3.6",)  # with which Triton's experimental parts were run on a GPU
 
 
 def triton_reasons(*tensors: torch.Tensor) -> list[str]:
@@ -50,3 +60,20 @@ def choose_provider(provider: str, *tensors: torch.Tensor) -> str:
     if reasons:
         raise ProviderError(f'provider="triton" cannot run: {"; ".join(reasons)}')
     return "triton"
+
+
+@functools.lru_cache(maxsize=1)
+def triton_version() -> str | None:
+    """The installed release, from the metadata of either name it is published under."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_tested_triton() -> bool:
+    """Whether the installed release is one that Triton's experimental parts were run with."""
+    version = triton_version()
+    return version is not None and version.startswith(tuple(f"{each}." for each in TESTED_TRITON))

@@ -4,7 +4,8 @@ A provider is a module with
 
 * ``NAME``: what a caller types;
 * ``reasons(plan, q, k, v) -> list[str]``: why it cannot serve these tensors, empty if it can. Looks
-  at shapes, dtypes, devices and what is installed, never at values, and imports nothing heavy;
+  at shapes, dtypes, devices and what is installed, never at values. Where nothing else stands in
+  the way it may try what it would run on a small case of its own, once;
 * ``run(q, k, v, plan, scale, return_lse) -> (out, lse or None)``: q ``[B, Sq, H, D]``, k and v
   ``[B, Sk, Hkv, D]``, ``scale`` positive; out ``[B, Sq, H, D]`` in q's dtype, a tensor of its own,
   and the natural log-sum-exp ``[B, H, Sq]`` in float32 when asked for.
@@ -24,7 +25,7 @@ from polyattn_kernels.plan import BlockSparsePlan
 
 __all__ = ["PROVIDERS", "Provider", "automatic_order", "load"]
 
-PROVIDERS = ("reference", "triton", "flex", "fa4")
+PROVIDERS = ("reference", "hopper", "triton", "flex", "fa4")
 
 
 class Provider(Protocol):
@@ -50,7 +51,7 @@ class Provider(Protocol):
 def automatic_order(device_type: str) -> tuple[str, ...]:
     """Which providers ``"auto"`` tries, first to last. The last one can serve any call."""
     if device_type == "cuda":
-        return ("triton", "fa4", "flex", "reference")
+        return ("hopper", "triton", "fa4", "flex", "reference")
     return ("reference",)
 
 

@@ -206,7 +206,8 @@ def uniform_attention(
     those with padding; without it, only the last block may be short (``RAGGED``), and as lists
     ascend it can only be a list's last entry. ``CHECKED``: entries of lists that
     :func:`partition_lists` has not seen are moved into range, so that a wrong plan computes
-    something wrong but reads nothing that is not its own.
+    something wrong but reads nothing that is not its own. Descriptors need no check: whatever the
+    place, they read nothing outside of their matrix and give zeros instead.
 
     Descriptors see a tensor as a matrix whose rows are one ``stride_s`` apart: batch item and head
     move ``row_b`` and ``row_h`` rows and ``column_h`` columns.

@@ -17,7 +17,6 @@ beside this package holds them. Importing this module does not import Triton.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
@@ -26,8 +25,17 @@ from typing import Any
 
 import torch
 
-from polyattn_kernels._triton_support import triton_reasons
+from polyattn_kernels._triton_support import is_tested_triton, triton_reasons
 from polyattn_kernels.plan import BlockSparsePlan
+from polyattn_kernels.providers._lists import (
+    TOKEN_LIST_BYTES,
+    TokenLists,
+    is_tiled,
+    leading_strides,
+    lse_shape,
+    on_device,
+    partition,
+)
 
 __all__ = [
     "NAME",
@@ -43,7 +51,6 @@ __all__ = [
 NAME = "triton"
 
 WARP_SPECIALIZE_VARIABLE = "POLYATTN_KERNELS_WARP_SPECIALIZE"
-TOKEN_LIST_BYTES = 512 * 2**20  # of packed token lists that exist at one time
 WIDEST_HEAD = 256
 LARGEST_STRIDE = 2**24  # between tokens: a tile's offsets, 128 rows of it, are 32-bit numbers
 _ALIGNMENT = 16  # bytes, of a descriptor's base and row stride
@@ -110,10 +117,10 @@ def run(
     copy is made.
     """
     if not q.numel() or not plan.key_length:
-        lse = torch.full(_lse_shape(q), -math.inf, device=q.device) if return_lse else None
+        lse = torch.full(lse_shape(q), -math.inf, device=q.device) if return_lse else None
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
     q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
-    if _is_tiled(plan):
+    if is_tiled(plan):
         assert plan.query_block is not None
         assert plan.key_block is not None
         config = uniform_config(
@@ -129,11 +136,6 @@ def run(
         return attend_uniform(q, k, v, plan, scale, return_lse, config)
     config = gather_config(q.shape[-1], q.dtype, _capability(q.device))
     return attend_gathered(q, k, v, plan, scale, return_lse, config)
-
-
-def _is_tiled(plan: BlockSparsePlan) -> bool:
-    """Whether blocks are tiles of q and k as they lie in memory."""
-    return plan.is_uniform and plan.query_permutation is None and plan.key_permutation is None
 
 
 # --- configurations ---------------------------------------------------------------------------
@@ -254,12 +256,15 @@ def attend_uniform(
     return_lse: bool,
     config: TileConfig,
     *,
-    checked: bool = True,
+    checked: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`run` for a plan of uniform blocks without permutations, with tiles of one's choice.
 
-    ``checked=False`` trusts the lists: an entry out of range then reads memory of others. It exists
-    to measure what the check costs. ValueError if ``config`` does not fit the plan or the tensors.
+    ``checked=False`` trusts the lists: without descriptors, an entry out of range then reads memory
+    of others. With them it reads nothing of others in any case, and the check is made only where
+    it was measured to cost nothing (``PERFORMANCE.md``).
+
+    ValueError if ``config`` does not fit the plan or the tensors.
     """
     from polyattn_kernels.providers import _triton_kernels as kernels
 
@@ -280,12 +285,13 @@ def attend_uniform(
     if config.warp_specialize and not config.descriptors:
         raise ValueError("warp_specialize needs descriptors=True")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(_lse_shape(q), dtype=torch.float32, device=q.device)
+    lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
     partitioned = plan.key_lengths is not None
+    ragged = partitioned or plan.key_length % plan.key_block != 0
     if plan.key_lengths is None:
         indices, counts, clean_counts, lengths = plan.key_indices, plan.key_counts, None, None
     else:
-        indices, counts, clean_counts = _partition(plan, plan.key_lengths)
+        indices, counts, clean_counts = partition(plan, plan.key_lengths)
         lengths = plan.key_lengths.expand(batch, heads, -1)
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
@@ -306,7 +312,7 @@ def attend_uniform(
     views = [_matrix_view(each) or (0, 0, 0, 0, 0) for each in (q, k, v)]
     row_tiles = -(-plan.query_block // config.rows)
     grid = (batch * heads * plan.num_query_blocks * row_tiles,)
-    with _on_device(q):
+    with on_device(q):
         kernels.uniform_attention[grid](
             q if scale >= 0 else -q,
             k,
@@ -326,8 +332,8 @@ def attend_uniform(
             *out.stride()[:3],
             *indices.stride()[:2],
             *counts.stride()[:2],
-            *_leading_strides(lengths),
-            *_leading_strides(query_lengths),
+            *leading_strides(lengths),
+            *leading_strides(query_lengths),
             *(number for view in views for number in view),
             heads,
             heads // k.shape[2],
@@ -346,57 +352,15 @@ def attend_uniform(
             READ=read,
             WARP_SPECIALIZE=config.warp_specialize,
             PARTITIONED=partitioned,
-            RAGGED=partitioned or plan.key_length % plan.key_block != 0,
+            RAGGED=ragged,
             QUERY_LENGTHS=query_lengths is not None,
-            CHECKED=checked,
+            CHECKED=(not config.descriptors or ragged) if checked is None else checked,
             STORE_LSE=return_lse,
             PRECISION=_precision(q.dtype, _capability(q.device)),
             num_warps=config.warps,
             num_stages=config.stages,
         )
     return out, lse if return_lse else None
-
-
-def _partition(
-    plan: BlockSparsePlan, key_lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lists with full blocks first, their counts of blocks, and of full blocks."""
-    from polyattn_kernels.providers import _triton_kernels as kernels
-
-    batch, heads = (
-        max(each.shape[dim] for each in (plan.key_indices, plan.key_counts, key_lengths))
-        for dim in (0, 1)
-    )
-    rows = plan.num_query_blocks
-    indices = plan.key_indices.expand(batch, heads, -1, -1)
-    counts = plan.key_counts.expand(batch, heads, -1)
-    lengths = key_lengths.expand(batch, heads, -1)
-    assert plan.key_block is not None
-    partitioned = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
-    clean_counts, all_counts = (
-        torch.empty(counts.shape, dtype=torch.int32, device=counts.device) for _ in range(2)
-    )
-    with _on_device(indices):
-        kernels.partition_lists[(batch * heads * rows,)](
-            indices,
-            counts,
-            lengths,
-            partitioned,
-            clean_counts,
-            all_counts,
-            *indices.stride()[:2],
-            *counts.stride()[:2],
-            *lengths.stride()[:2],
-            heads,
-            plan.key_length,
-            rows,
-            plan.num_key_blocks,
-            plan.capacity,
-            KEY_BLOCK=plan.key_block,
-            CHUNK=_list_chunk(plan.capacity),
-            num_warps=1,
-        )
-    return partitioned, all_counts, clean_counts
 
 
 # --- descriptors ------------------------------------------------------------------------------
@@ -478,124 +442,51 @@ def attend_gathered(
     """
     from polyattn_kernels.providers import _triton_kernels as kernels
 
-    batch, query_length, heads, head_dim = q.shape
-    key_length, blocks = plan.key_length, plan.num_query_blocks
+    _, query_length, heads, head_dim = q.shape
     # Every position of a valid plan's walk is written, unless the plan has padding in q.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full(_lse_shape(q), -math.inf, dtype=torch.float32, device=q.device)
-
-    plan_batch, plan_heads = plan.batch, plan.heads
-    instances = plan_batch * plan_heads
-    indices = plan.key_indices.expand(plan_batch, plan_heads, -1, -1)
-    counts = plan.key_counts.expand(plan_batch, plan_heads, -1)
-    key_starts, key_sizes = _runs(plan, "key", plan_batch, plan_heads)
-    key_permutation, query_permutation = (
-        None if order is None else order.expand(plan_batch, plan_heads, -1)
-        for order in (plan.key_permutation, plan.query_permutation)
-    )
-    run_ends = torch.empty(indices.shape, dtype=torch.int32, device=q.device)
-    token_counts = torch.empty(counts.shape, dtype=torch.int32, device=q.device)
-    with _on_device(q):
-        kernels.sum_runs[(instances * blocks,)](
-            indices,
-            counts,
-            key_sizes,
-            run_ends,
-            token_counts,
-            *indices.stride()[:2],
-            *counts.stride()[:2],
-            *key_sizes.stride()[:2],
-            plan_heads,
-            key_length,
-            blocks,
-            plan.num_key_blocks,
-            plan.capacity,
-            CHUNK=_list_chunk(plan.capacity),
-            num_warps=1,
-        )
-    query_starts, query_sizes = _runs(plan, "query", plan_batch, plan_heads)
-    items = _work_items(
-        query_starts.reshape(instances, blocks),
-        query_sizes.reshape(instances, blocks),
-        token_counts.view(instances, blocks) if sort_by_cost else None,
-        config.rows,
-        query_length,
-    )
+    lse = torch.full(lse_shape(q), -math.inf, dtype=torch.float32, device=q.device)
+    lists = TokenLists.of(plan, q, k)
+    items = lists.items(config.rows, sort_by_cost=sort_by_cost)
     num_items = items.shape[1]
-
-    together = token_list_bytes // (blocks * key_length * 4)
-    listed = together > 0
-    together = min(together, instances) if listed else instances
-    # Without lists the kernel is given any tensor: it compiles to code that does not read it.
-    room = together * blocks * key_length if listed else 1
-    tokens = torch.empty(room, dtype=torch.int32, device=q.device)
-    search = plan.capacity.bit_length()
-    replicas = (batch // plan_batch) * (heads // plan_heads)
     widest = max(abs(each.stride(1)) for each in (k, v))
-    for first in range(0, instances, together):
-        number = min(together, instances - first)
-        with _on_device(q):
-            if listed:
-                chunk = 1024
-                splits = min(16, -(-key_length // chunk))
-                kernels.list_tokens[(number * blocks, splits)](
-                    indices,
-                    counts,
-                    key_starts,
-                    key_permutation,
-                    run_ends,
-                    token_counts,
-                    tokens,
-                    *indices.stride()[:2],
-                    *counts.stride()[:2],
-                    *key_starts.stride()[:2],
-                    *_leading_strides(key_permutation),
-                    first,
-                    plan_heads,
-                    key_length,
-                    blocks,
-                    plan.num_key_blocks,
-                    plan.capacity,
-                    SEARCH=search,
-                    PERMUTED=key_permutation is not None,
-                    CHUNK=chunk,
-                    num_warps=4,
-                )
-            kernels.gathered_attention[(number * replicas * num_items,)](
+    for turn in lists.turns(token_list_bytes):
+        with on_device(q):
+            kernels.gathered_attention[(turn.number * lists.replicas * num_items,)](
                 q if scale >= 0 else -q,
                 k,
                 v,
                 out,
                 lse,
                 items,
-                query_permutation,
-                tokens,
-                token_counts,
-                indices,
-                counts,
-                key_starts,
-                key_permutation,
-                run_ends,
+                lists.query_permutation,
+                turn.tokens,
+                lists.token_counts,
+                lists.indices,
+                lists.counts,
+                lists.key_starts,
+                lists.key_permutation,
+                lists.run_ends,
                 abs(scale) * math.log2(math.e),
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
                 *out.stride()[:3],
-                *_leading_strides(query_permutation),
-                *indices.stride()[:2],
-                *counts.stride()[:2],
-                *key_starts.stride()[:2],
-                *_leading_strides(key_permutation),
-                first,
-                plan_heads,
-                replicas,
-                heads // plan_heads,
+                *leading_strides(lists.query_permutation),
+                *lists.indices.stride()[:2],
+                *lists.counts.stride()[:2],
+                *lists.key_starts.stride()[:2],
+                *leading_strides(lists.key_permutation),
+                turn.first,
+                lists.heads,
+                lists.replicas,
+                lists.head_replicas,
                 heads,
                 heads // k.shape[2],
                 num_items,
                 query_length,
-                key_length,
-                blocks,
+                plan.key_length,
+                plan.num_query_blocks,
                 plan.num_key_blocks,
                 plan.capacity,
                 D=head_dim,
@@ -603,71 +494,17 @@ def attend_gathered(
                 ROWS=config.rows,
                 KEYS=config.keys,
                 STAGES=config.stages,
-                WIDE=key_length * widest >= 2**31,
-                LISTED=listed,
-                SEARCH=search,
-                QUERIES_PERMUTED=query_permutation is not None,
-                KEYS_PERMUTED=key_permutation is not None,
+                WIDE=plan.key_length * widest >= 2**31,
+                LISTED=turn.listed,
+                SEARCH=lists.search,
+                QUERIES_PERMUTED=lists.query_permutation is not None,
+                KEYS_PERMUTED=lists.key_permutation is not None,
                 STORE_LSE=return_lse,
                 PRECISION=_precision(q.dtype, _capability(q.device)),
                 num_warps=config.warps,
                 num_stages=config.stages,
             )
     return out, lse if return_lse else None
-
-
-def _runs(
-    plan: BlockSparsePlan, side: str, batch: int, heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each block of a side starts in the walk, and its tokens: int32 ``[batch, heads, M]``.
-
-    Both lie within the sequence, whatever the plan says.
-    """
-    length: int = getattr(plan, f"{side}_length")
-    offsets: torch.Tensor | None = getattr(plan, f"{side}_offsets")
-    if offsets is not None:
-        inside = offsets.clamp(0, length)
-        starts, sizes = inside[..., :-1], (inside[..., 1:] - inside[..., :-1]).clamp_min(0)
-    else:
-        block: int = getattr(plan, f"{side}_block")
-        lengths: torch.Tensor | None = getattr(plan, f"{side}_lengths")
-        starts = torch.arange(0, length, block, dtype=torch.int32, device=plan.device)[None, None]
-        sizes = (length - starts).clamp_max(block)
-        if lengths is not None:
-            sizes = torch.minimum(lengths.clamp_min(0), sizes)
-    return starts.expand(batch, heads, -1), sizes.expand(batch, heads, -1)
-
-
-def _work_items(
-    starts: torch.Tensor,
-    sizes: torch.Tensor,
-    costs: torch.Tensor | None,
-    rows: int,
-    query_length: int,
-) -> torch.Tensor:
-    """Query blocks cut into chunks of at most ``rows``: int32 ``[instances, items, 3]``.
-
-    Each item is (query block, first position of the walk, queries). Only the device knows how many
-    there are; there is room for the most that Mq blocks of Sq queries can give, and the rest have
-    no queries. With ``costs`` ``[instances, Mq]``, the items of the most expensive blocks come
-    first.
-    """
-    instances, blocks = sizes.shape
-    chunks = (sizes + rows - 1) // rows
-    ends = chunks.cumsum(-1)
-    room = (query_length + blocks * (rows - 1)) // rows
-    item = torch.arange(room, device=sizes.device).expand(instances, room).contiguous()
-    block = torch.searchsorted(ends, item, right=True).clamp_max(blocks - 1)
-    skipped = (item - (ends - chunks).gather(-1, block)) * rows
-    first = starts.gather(-1, block) + skipped
-    number = (sizes.gather(-1, block) - skipped).clamp(0, rows)
-    number = torch.where(item < ends[:, -1:], number, 0)
-    items = torch.stack((block, first, number), dim=-1).to(torch.int32)
-    if costs is None:
-        return items
-    cost = torch.where(number > 0, costs.gather(-1, block), -1)
-    order = cost.argsort(dim=-1, descending=True, stable=True)
-    return items.gather(1, order[..., None].expand(-1, -1, 3))
 
 
 # --- warp specialisation ----------------------------------------------------------------------
@@ -677,7 +514,8 @@ def _may_warp_specialize(
     q: torch.Tensor, k: torch.Tensor, plan: BlockSparsePlan, config: TileConfig
 ) -> bool:
     """Whether the compiler's warp specialisation is wanted, fits the call, and computes right."""
-    wanted = os.environ.get(WARP_SPECIALIZE_VARIABLE, "0") == "1"
+    if os.environ.get(WARP_SPECIALIZE_VARIABLE, "1") == "0" or not is_tested_triton():
+        return False
     assert plan.query_block is not None
     assert plan.key_block is not None
     fits = (
@@ -691,10 +529,19 @@ def _may_warp_specialize(
         and plan.key_lengths is None
         and plan.query_lengths is None
     )
-    return wanted and fits and _warp_specialization_is_right(q.dtype, q.shape[-1], str(q.device))
+    if not fits:
+        return False
+    case = (q.dtype, q.shape[-1], str(q.device))
+    if case not in _specialized_rightly:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # a case cannot be tried while a CUDA graph is captured
+        _specialized_rightly[case] = _warp_specialization_is_right(*case)
+    return _specialized_rightly[case]
 
 
-@functools.lru_cache(maxsize=32)
+_specialized_rightly: dict[tuple[torch.dtype, int, str], bool] = {}
+
+
 def _warp_specialization_is_right(dtype: torch.dtype, head_dim: int, device: str) -> bool:
     """Run a small case with and without it; a wrong or failing compilation is told and not used.
 
@@ -730,29 +577,8 @@ def _warp_specialization_is_right(dtype: torch.dtype, head_dim: int, device: str
         right, problem = False, f"{type(failure).__name__}: {failure}"[:300]
     if not right:
         _log.warning(
-            "%s=1 is set, but Triton's warp specialisation does not work for %s and head "
-            "dimension %d on %s (%s): the plain kernel is used",
-            WARP_SPECIALIZE_VARIABLE, dtype, head_dim, device, problem,
+            "Triton's warp specialisation does not work for %s and head dimension %d on %s (%s): "
+            "the plain kernel is used",
+            dtype, head_dim, device, problem,
         )  # fmt: skip
     return right
-
-
-# --- small things -----------------------------------------------------------------------------
-
-
-def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
-    return (q.shape[0], q.shape[2], q.shape[1])
-
-
-def _leading_strides(tensor: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
-
-
-def _list_chunk(capacity: int) -> int:
-    """Entries of a list that one step looks at."""
-    return min(1024, _padded(capacity))
-
-
-def _on_device(tensor: torch.Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, which need not be the tensors'. No effect on a CPU."""
-    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)

@@ -1,0 +1,309 @@
+"""What the Triton tiers make of a plan's lists before they attend: partitions, tokens, work items.
+
+Everything is built on the device and waits for nothing: where only the device knows a size, there
+is room for the most it can be. Whatever a wrong plan says, no entry that comes from here points
+outside of its tensors. Importing this module does not import Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from polyattn_kernels.plan import BlockSparsePlan
+
+__all__ = [
+    "TOKEN_LIST_BYTES",
+    "TokenLists",
+    "Turn",
+    "is_tiled",
+    "leading_strides",
+    "lse_shape",
+    "on_device",
+    "partition",
+]
+
+TOKEN_LIST_BYTES = 512 * 2**20  # of packed token lists that exist at one time
+
+
+def is_tiled(plan: BlockSparsePlan) -> bool:
+    """Whether blocks are tiles of q and k as they lie in memory."""
+    return plan.is_uniform and plan.query_permutation is None and plan.key_permutation is None
+
+
+def partition(
+    plan: BlockSparsePlan, key_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lists with full blocks first, their counts of blocks, and of full blocks."""
+    from polyattn_kernels.providers import _triton_kernels as kernels
+
+    batch, heads = (
+        max(each.shape[dim] for each in (plan.key_indices, plan.key_counts, key_lengths))
+        for dim in (0, 1)
+    )
+    rows = plan.num_query_blocks
+    indices = plan.key_indices.expand(batch, heads, -1, -1)
+    counts = plan.key_counts.expand(batch, heads, -1)
+    lengths = key_lengths.expand(batch, heads, -1)
+    assert plan.key_block is not None
+    partitioned = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
+    clean_counts, all_counts = (
+        torch.empty(counts.shape, dtype=torch.int32, device=counts.device) for _ in range(2)
+    )
+    with on_device(indices):
+        kernels.partition_lists[(batch * heads * rows,)](
+            indices,
+            counts,
+            lengths,
+            partitioned,
+            clean_counts,
+            all_counts,
+            *indices.stride()[:2],
+            *counts.stride()[:2],
+            *lengths.stride()[:2],
+            heads,
+            plan.key_length,
+            rows,
+            plan.num_key_blocks,
+            plan.capacity,
+            KEY_BLOCK=plan.key_block,
+            CHUNK=_list_chunk(plan.capacity),
+            num_warps=1,
+        )
+    return partitioned, all_counts, clean_counts
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Plan instances ``first`` to ``first + number - 1``, and the tokens of their lists.
+
+    ``tokens`` is ``[number, Mq, Sk]``; where it is not ``listed``, it holds nothing.
+    """
+
+    first: int
+    number: int
+    tokens: torch.Tensor
+    listed: bool
+
+
+@dataclass(frozen=True)
+class TokenLists:
+    """A plan as gathering kernels read it: for each query block, packed tokens of its key blocks.
+
+    Instances are the plan's own (batch item, head) pairs; each serves ``replicas`` pairs of q.
+    """
+
+    plan: BlockSparsePlan
+    batch: int
+    heads: int
+    replicas: int
+    head_replicas: int
+    indices: torch.Tensor
+    counts: torch.Tensor
+    key_starts: torch.Tensor
+    key_permutation: torch.Tensor | None
+    query_permutation: torch.Tensor | None
+    run_ends: torch.Tensor
+    """``[batch, heads, Mq, capacity]``: where each selected run ends in the packed list."""
+    token_counts: torch.Tensor
+    """``[batch, heads, Mq]``: tokens of each list, at most Sk."""
+
+    @classmethod
+    def of(cls, plan: BlockSparsePlan, q: torch.Tensor, k: torch.Tensor) -> TokenLists:
+        """The lists of a plan for q ``[B, Sq, H, D]``; tokens themselves come in :meth:`turns`."""
+        from polyattn_kernels.providers import _triton_kernels as kernels
+
+        batch, heads = plan.batch, plan.heads
+        blocks = plan.num_query_blocks
+        indices = plan.key_indices.expand(batch, heads, -1, -1)
+        counts = plan.key_counts.expand(batch, heads, -1)
+        key_starts, key_sizes = _runs(plan, "key", batch, heads)
+        key_permutation, query_permutation = (
+            None if order is None else order.expand(batch, heads, -1)
+            for order in (plan.key_permutation, plan.query_permutation)
+        )
+        run_ends = torch.empty(indices.shape, dtype=torch.int32, device=q.device)
+        token_counts = torch.empty(counts.shape, dtype=torch.int32, device=q.device)
+        with on_device(q):
+            kernels.sum_runs[(batch * heads * blocks,)](
+                indices,
+                counts,
+                key_sizes,
+                run_ends,
+                token_counts,
+                *indices.stride()[:2],
+                *counts.stride()[:2],
+                *key_sizes.stride()[:2],
+                heads,
+                plan.key_length,
+                blocks,
+                plan.num_key_blocks,
+                plan.capacity,
+                CHUNK=_list_chunk(plan.capacity),
+                num_warps=1,
+            )
+        return cls(
+            plan=plan,
+            batch=batch,
+            heads=heads,
+            replicas=(q.shape[0] // batch) * (q.shape[2] // heads),
+            head_replicas=q.shape[2] // heads,
+            indices=indices,
+            counts=counts,
+            key_starts=key_starts,
+            key_permutation=key_permutation,
+            query_permutation=query_permutation,
+            run_ends=run_ends,
+            token_counts=token_counts,
+        )
+
+    @property
+    def search(self) -> int:
+        """Steps of a binary search in a list."""
+        return self.plan.capacity.bit_length()
+
+    def items(
+        self, rows: int, *, least: int = 1, most: int | None = None, sort_by_cost: bool = True
+    ) -> torch.Tensor:
+        """Work items of at most ``rows`` queries: int32 ``[instances, items, 3]``.
+
+        Each is (query block, first position of the walk, queries; 0 if there is nothing to do).
+        A block's last item may be short: it is listed if it holds ``least`` to ``most`` queries, so
+        that kernels with fewer rows can serve what others leave. ``sort_by_cost`` puts each
+        instance's most expensive items first.
+        """
+        plan, instances = self.plan, self.batch * self.heads
+        starts, sizes = _runs(plan, "query", self.batch, self.heads)
+        costs = self.token_counts.view(instances, -1) if sort_by_cost else None
+        return _work_items(
+            starts.reshape(instances, -1), sizes.reshape(instances, -1), costs, rows, least,
+            rows if most is None else most, plan.query_length,
+        )  # fmt: skip
+
+    def turns(self, token_list_bytes: int = TOKEN_LIST_BYTES) -> Iterator[Turn]:
+        """The instances, so many at a time that no more than these bytes of lists exist.
+
+        Where not even one instance's lists fit, all come at once and without lists.
+        """
+        from polyattn_kernels.providers import _triton_kernels as kernels
+
+        plan, instances = self.plan, self.batch * self.heads
+        blocks = plan.num_query_blocks
+        together = min(instances, token_list_bytes // (blocks * plan.key_length * 4))
+        listed = together > 0
+        together = together if listed else instances
+        # Without lists the kernel is given any tensor: it compiles to code that does not read it.
+        room = together * blocks * plan.key_length if listed else 1
+        tokens = torch.empty(room, dtype=torch.int32, device=self.counts.device)
+        for first in range(0, instances, together):
+            number = min(together, instances - first)
+            if listed:
+                chunk = 1024
+                splits = min(16, -(-plan.key_length // chunk))
+                with on_device(tokens):
+                    kernels.list_tokens[(number * blocks, splits)](
+                        self.indices,
+                        self.counts,
+                        self.key_starts,
+                        self.key_permutation,
+                        self.run_ends,
+                        self.token_counts,
+                        tokens,
+                        *self.indices.stride()[:2],
+                        *self.counts.stride()[:2],
+                        *self.key_starts.stride()[:2],
+                        *leading_strides(self.key_permutation),
+                        first,
+                        self.heads,
+                        plan.key_length,
+                        blocks,
+                        plan.num_key_blocks,
+                        plan.capacity,
+                        SEARCH=self.search,
+                        PERMUTED=self.key_permutation is not None,
+                        CHUNK=chunk,
+                        num_warps=4,
+                    )
+            yield Turn(first, number, tokens, listed)
+
+
+def _runs(
+    plan: BlockSparsePlan, side: str, batch: int, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each block of a side starts in the walk, and its tokens: int32 ``[batch, heads, M]``.
+
+    Both lie within the sequence, whatever the plan says.
+    """
+    length: int = getattr(plan, f"{side}_length")
+    offsets: torch.Tensor | None = getattr(plan, f"{side}_offsets")
+    if offsets is not None:
+        inside = offsets.clamp(0, length)
+        starts, sizes = inside[..., :-1], (inside[..., 1:] - inside[..., :-1]).clamp_min(0)
+    else:
+        block: int = getattr(plan, f"{side}_block")
+        lengths: torch.Tensor | None = getattr(plan, f"{side}_lengths")
+        starts = torch.arange(0, length, block, dtype=torch.int32, device=plan.device)[None, None]
+        sizes = (length - starts).clamp_max(block)
+        if lengths is not None:
+            sizes = torch.minimum(lengths.clamp_min(0), sizes)
+    return starts.expand(batch, heads, -1), sizes.expand(batch, heads, -1)
+
+
+def _work_items(
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    costs: torch.Tensor | None,
+    rows: int,
+    least: int,
+    most: int,
+    query_length: int,
+) -> torch.Tensor:
+    """See :meth:`TokenLists.items`. Only the device knows how many there are; there is room for the
+    most that Mq blocks of Sq queries can give, and the rest have no queries.
+    """
+    instances, blocks = sizes.shape
+    last = sizes % rows  # queries of a block's last, short item
+    short = ((last >= least) & (last <= most)).to(sizes.dtype)
+    if most < rows:  # nothing but short items
+        chunks, room = short, blocks
+    else:
+        chunks = sizes // rows + short
+        room = (query_length + blocks * (rows - least)) // rows
+    ends = chunks.cumsum(-1)
+    item = torch.arange(room, device=sizes.device).expand(instances, room).contiguous()
+    block = torch.searchsorted(ends, item, right=True).clamp_max(blocks - 1)
+    skipped = (item - (ends - chunks).gather(-1, block)) * rows
+    if most < rows:
+        skipped = skipped + (sizes - last).gather(-1, block)
+    first = starts.gather(-1, block) + skipped
+    number = (sizes.gather(-1, block) - skipped).clamp(0, rows)
+    number = torch.where(item < ends[:, -1:], number, 0)
+    items = torch.stack((block, first, number), dim=-1).to(torch.int32)
+    if costs is None:
+        return items
+    cost = torch.where(number > 0, costs.gather(-1, block), -1)
+    order = cost.argsort(dim=-1, descending=True, stable=True)
+    return items.gather(1, order[..., None].expand(-1, -1, 3))
+
+
+def lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
+    return (q.shape[0], q.shape[2], q.shape[1])
+
+
+def leading_strides(tensor: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def _list_chunk(capacity: int) -> int:
+    """Entries of a list that one step looks at."""
+    return min(1024, max(16, 1 << (capacity - 1).bit_length()))
+
+
+def on_device(tensor: torch.Tensor) -> torch.cuda.device:
+    """Triton launches on the current device, which need not be the tensors'. No effect on a CPU."""
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
