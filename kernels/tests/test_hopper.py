@@ -17,7 +17,7 @@ from strategies import assert_matches, guarded, oracle, plans, random_plan, rand
 from polyattn_kernels.attention import block_sparse_attention
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import hopper as provider
-from polyattn_kernels.providers._lists import _work_items
+from polyattn_kernels.providers._lists import work_items
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if HOPPER else "cpu"
@@ -81,8 +81,9 @@ def test_short_items_go_to_the_narrow_kernel_and_nothing_is_lost(seed: int) -> N
     sizes[:, seed % 7] = 128 * (seed % 3)
     ends = sizes.cumsum(-1)
     length = int(ends.max())
-    wide = _work_items(ends - sizes, sizes, None, 128, 65, 128, length)
-    narrow = _work_items(ends - sizes, sizes, sizes, 128, 1, 64, length)
+    costs = torch.randint(0, 9, (3, 7), generator=generator) if seed % 2 else None
+    wide, narrow = work_items(ends - sizes, sizes, costs, 128, 64, length)
+    assert narrow is not None
     for instance in range(3):
         seen: list[int] = []
         for items, least, most in ((wide, 65, 128), (narrow, 1, 64)):

@@ -28,7 +28,7 @@ from strategies import (
 
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import triton as provider
-from polyattn_kernels.providers._lists import _work_items
+from polyattn_kernels.providers._lists import work_items
 
 HAS_TRITON = True
 try:
@@ -339,10 +339,11 @@ def test_work_items_cover_every_query_once(sizes: list[int], rows: int, by_cost:
         return
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     costs = torch.tensor([[(7 * number) % 5 for number in range(len(sizes))]])
-    items = _work_items(
+    items, short = work_items(
         torch.tensor([starts], dtype=torch.int32), torch.tensor([sizes], dtype=torch.int32),
-        costs if by_cost else None, rows, 1, rows, length,
+        costs if by_cost else None, rows, 0, length,
     )  # fmt: skip
+    assert short is None
     assert items.dtype is torch.int32
     assert items.is_contiguous()
     seen: list[int] = []

@@ -23,6 +23,7 @@ __all__ = [
     "lse_shape",
     "on_device",
     "partition",
+    "work_items",
 ]
 
 TOKEN_LIST_BYTES = 512 * 2**20  # of packed token lists that exist at one time
@@ -168,21 +169,21 @@ class TokenLists:
         return self.plan.capacity.bit_length()
 
     def items(
-        self, rows: int, *, least: int = 1, most: int | None = None, sort_by_cost: bool = True
-    ) -> torch.Tensor:
-        """Work items of at most ``rows`` queries: int32 ``[instances, items, 3]``.
+        self, rows: int, *, short_rows: int = 0, sort_by_cost: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Work items of at most ``rows`` queries: int32 ``[instances, items, 3]``, and short ones.
 
         Each is (query block, first position of the walk, queries; 0 if there is nothing to do).
-        A block's last item may be short: it is listed if it holds ``least`` to ``most`` queries, so
-        that kernels with fewer rows can serve what others leave. ``sort_by_cost`` puts each
-        instance's most expensive items first.
+        Where a block's last item has no more than ``short_rows`` queries, it is in the second list:
+        a kernel with fewer rows serves it. ``sort_by_cost`` puts each instance's most expensive
+        blocks first.
         """
-        plan, instances = self.plan, self.batch * self.heads
-        starts, sizes = _runs(plan, "query", self.batch, self.heads)
+        instances = self.batch * self.heads
+        starts, sizes = _runs(self.plan, "query", self.batch, self.heads)
         costs = self.token_counts.view(instances, -1) if sort_by_cost else None
-        return _work_items(
-            starts.reshape(instances, -1), sizes.reshape(instances, -1), costs, rows, least,
-            rows if most is None else most, plan.query_length,
+        return work_items(
+            starts.reshape(instances, -1), sizes.reshape(instances, -1), costs, rows, short_rows,
+            self.plan.query_length,
         )  # fmt: skip
 
     def turns(self, token_list_bytes: int = TOKEN_LIST_BYTES) -> Iterator[Turn]:
@@ -254,41 +255,41 @@ def _runs(
     return starts.expand(batch, heads, -1), sizes.expand(batch, heads, -1)
 
 
-def _work_items(
+def work_items(
     starts: torch.Tensor,
     sizes: torch.Tensor,
     costs: torch.Tensor | None,
     rows: int,
-    least: int,
-    most: int,
+    short_rows: int,
     query_length: int,
-) -> torch.Tensor:
-    """See :meth:`TokenLists.items`. Only the device knows how many there are; there is room for the
-    most that Mq blocks of Sq queries can give, and the rest have no queries.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See :meth:`TokenLists.items`; starts, sizes and costs are ``[instances, Mq]``.
+
+    Only the device knows how many items there are; there is room for the most that Mq blocks of Sq
+    queries can give, and the rest have no queries.
     """
     instances, blocks = sizes.shape
-    last = sizes % rows  # queries of a block's last, short item
-    short = ((last >= least) & (last <= most)).to(sizes.dtype)
-    if most < rows:  # nothing but short items
-        chunks, room = short, blocks
-    else:
-        chunks = sizes // rows + short
-        room = (query_length + blocks * (rows - least)) // rows
-    ends = chunks.cumsum(-1)
-    item = torch.arange(room, device=sizes.device).expand(instances, room).contiguous()
-    block = torch.searchsorted(ends, item, right=True).clamp_max(blocks - 1)
-    skipped = (item - (ends - chunks).gather(-1, block)) * rows
-    if most < rows:
-        skipped = skipped + (sizes - last).gather(-1, block)
-    first = starts.gather(-1, block) + skipped
-    number = (sizes.gather(-1, block) - skipped).clamp(0, rows)
-    number = torch.where(item < ends[:, -1:], number, 0)
-    items = torch.stack((block, first, number), dim=-1).to(torch.int32)
     if costs is None:
-        return items
-    cost = torch.where(number > 0, costs.gather(-1, block), -1)
-    order = cost.argsort(dim=-1, descending=True, stable=True)
-    return items.gather(1, order[..., None].expand(-1, -1, 3))
+        number = torch.arange(blocks, device=sizes.device).expand(instances, blocks)
+    else:
+        number = costs.argsort(dim=-1, descending=True, stable=True)
+        starts, sizes = starts.gather(-1, number), sizes.gather(-1, number)
+    last = sizes % rows  # queries of a block's last item, if it is not a whole one
+    chunks = sizes // rows + (last > short_rows)
+    ends = chunks.cumsum(-1)
+    room = (query_length + blocks * (rows - 1 - short_rows)) // rows
+    item = torch.arange(room, device=sizes.device).expand(instances, room).contiguous()
+    where = torch.searchsorted(ends, item, right=True).clamp_max(blocks - 1)
+    skipped = (item - (ends - chunks).gather(-1, where)) * rows
+    queries = (sizes.gather(-1, where) - skipped).clamp(0, rows)
+    queries = torch.where(item < ends[:, -1:], queries, 0)
+    first = starts.gather(-1, where) + skipped
+    items = torch.stack((number.gather(-1, where), first, queries), dim=-1).to(torch.int32)
+    if not short_rows:
+        return items, None
+    queries = torch.where(last <= short_rows, last, 0)
+    short = torch.stack((number, starts + sizes - last, queries), dim=-1).to(torch.int32)
+    return items, short
 
 
 def lse_shape(q: torch.Tensor) -> tuple[int, int, int]:

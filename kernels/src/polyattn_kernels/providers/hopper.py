@@ -267,15 +267,15 @@ def attend_gathered(
     plan: BlockSparsePlan,
     scale: float,
     return_lse: bool,
-    configs: tuple[WarpConfig, ...],
+    configs: tuple[WarpConfig, WarpConfig],
     *,
     token_list_bytes: int = TOKEN_LIST_BYTES,
     sort_by_cost: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`run` for any plan, fetching queries and keys row by row.
 
-    ``configs`` come from the widest to the narrowest: a block's last, short work item goes to the
-    narrowest that holds it. Lists and turns are those of the portable tier, which also serves where
+    ``configs``: the kernel for most work items, and the one for a block's last item where that is
+    short enough for it. Lists and turns are those of the portable tier, which also serves where
     not even one head's lists fit into ``token_list_bytes``.
     """
     from polyattn_kernels.providers import _hopper_kernels as kernels
@@ -291,26 +291,25 @@ def attend_gathered(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(lse_shape(q), -math.inf, dtype=torch.float32, device=q.device)
     lists = TokenLists.of(plan, q, k)
-    widest_rows = configs[0].consumers * WARPGROUP_ROWS
-    launches = []
-    for position, config in enumerate(configs):
-        below = configs[position + 1] if position + 1 < len(configs) else None
-        least = 1 if below is None else below.consumers * WARPGROUP_ROWS + 1
-        most = config.consumers * WARPGROUP_ROWS
-        items = lists.items(widest_rows, least=least, most=most, sort_by_cost=sort_by_cost)
-        launches.append((config, items))
+    wide, narrow = configs
+    items, short = lists.items(
+        wide.consumers * WARPGROUP_ROWS,
+        short_rows=narrow.consumers * WARPGROUP_ROWS,
+        sort_by_cost=sort_by_cost,
+    )
+    assert short is not None
     widest_stride = max(abs(each.stride(1)) for each in (k, v))
     for turn in lists.turns(token_list_bytes):
-        for config, items in launches:
+        for config, work in ((wide, items), (narrow, short)):
             with on_device(q):
-                kernels.gathered_attention[(turn.number * lists.replicas * items.shape[1],)](
+                kernels.gathered_attention[(turn.number * lists.replicas * work.shape[1],)](
                     q,
                     k,
                     v,
                     out,
                     lse,
-                    items,
-                    items if lists.query_permutation is None else lists.query_permutation,
+                    work,
+                    work if lists.query_permutation is None else lists.query_permutation,
                     turn.tokens,
                     lists.token_counts,
                     scale * math.log2(math.e),
@@ -323,7 +322,7 @@ def attend_gathered(
                     lists.head_replicas,
                     heads,
                     heads // k.shape[2],
-                    items.shape[1],
+                    work.shape[1],
                     query_length,
                     plan.key_length,
                     plan.num_query_blocks,

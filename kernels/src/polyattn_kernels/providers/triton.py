@@ -447,7 +447,7 @@ def attend_gathered(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(lse_shape(q), -math.inf, dtype=torch.float32, device=q.device)
     lists = TokenLists.of(plan, q, k)
-    items = lists.items(config.rows, sort_by_cost=sort_by_cost)
+    items, _ = lists.items(config.rows, sort_by_cost=sort_by_cost)
     num_items = items.shape[1]
     widest = max(abs(each.stride(1)) for each in (k, v))
     for turn in lists.turns(token_list_bytes):

@@ -1,0 +1,62 @@
+"""Every provider that can serve here, held against the token-by-token oracle on the same plans.
+
+On a CPU that is the reference alone (and Triton, in its interpreter); what a provider refuses is
+skipped with its reasons, and the reference refuses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from strategies import assert_matches, oracle, random_plan, random_tensors
+
+from polyattn_kernels.attention import block_sparse_attention
+from polyattn_kernels.plan import BlockSparsePlan
+from polyattn_kernels.providers import PROVIDERS, automatic_order, load
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32] + [torch.bfloat16, torch.float16] * (DEVICE == "cuda")
+
+
+def served(name: str, plan: BlockSparsePlan, tensors: tuple[torch.Tensor, ...]) -> None:
+    why = load(name).reasons(plan, *tensors)
+    if why:
+        assert name != "reference"
+        pytest.skip("; ".join(why))
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 64), (128, 64)])
+@pytest.mark.parametrize("kind", ["uniform", "ragged", "variable"])
+def test_against_the_oracle(
+    name: str, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], kind: Any
+) -> None:
+    if kind == "variable" and blocks != (128, 128):
+        pytest.skip("variable blocks have no size")
+    plan = random_plan(
+        head_dim + sum(blocks), query_length=520, key_length=700, query_block=blocks[0],
+        key_block=blocks[1], queries=kind, keys=kind, heads=4, density=0.5, device=DEVICE,
+    )  # fmt: skip
+    tensors = random_tensors(
+        plan, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype, device=DEVICE
+    )
+    served(name, plan, tensors)
+    found = block_sparse_attention(*tensors, plan, scale=0.2, return_lse=True, provider=name)
+    assert isinstance(found, tuple)
+    expected = oracle(*tensors, plan, scale=0.2)
+    assert_matches(found, expected, dtype, magnitude=2.0)
+    out = block_sparse_attention(*tensors, plan, scale=0.2, provider=name)
+    assert isinstance(out, torch.Tensor)
+    assert_matches((out, None), expected, dtype, magnitude=2.0)
+
+
+def test_the_automatic_order_ends_with_what_serves_everything() -> None:
+    for device in ("cpu", "cuda"):
+        order = automatic_order(device)
+        assert order[-1] == "reference"
+        assert set(order) <= set(PROVIDERS)
+    assert set(automatic_order("cuda")) == set(PROVIDERS)
