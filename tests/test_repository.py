@@ -27,7 +27,8 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def test_one_version_for_all() -> None:
-    for name in ("polyattn", "polyattn-demo", *(f"polyattn-{each}" for each in PLUGINS)):
+    others = [f"polyattn-{each}" for each in ("demo", "kernels", *PLUGINS)]
+    for name in ("polyattn", *others):
         assert importlib_metadata.version(name) == VERSION, name
 
 
@@ -56,6 +57,9 @@ def test_a_plugin_folder_names_everything(name: str) -> None:
     pyproject = (ROOT / "plugins" / name / "pyproject.toml").read_text()
     major_minor = ".".join(VERSION.split(".")[:2])
     assert f'"polyattn>={major_minor},' in pyproject
+    # Block-sparse attention is for those that say so: dense plugins do without it.
+    uses_kernels = any("polyattn_kernels" in file.read_text() for file in package.rglob("*.py"))
+    assert (f'"polyattn-kernels>={major_minor},' in pyproject) == uses_kernels
 
 
 @pytest.mark.parametrize("folder", DISTRIBUTIONS)

@@ -107,8 +107,8 @@ def _call_site_from_text(text: str) -> CallSite:
 class _Decision:
     """A selection bound to its implementation, and what every call with it shares."""
 
-    __slots__ = ("checked", "dense", "implementation", "last", "mask_kind", "plain_call", "role",
-                 "scale", "schedule", "selection", "shape")  # fmt: skip
+    __slots__ = ("checked", "dense", "extras", "implementation", "last", "mask_kind", "plain_call",
+                 "role", "scale", "schedule", "selection", "shape")  # fmt: skip
 
     def __init__(
         self,
@@ -117,11 +117,14 @@ class _Decision:
         schedule: ScheduledConfig | None,
         dense: _Decision | None,
         request: AttentionRequest,
+        extras: tuple[str, ...],
     ) -> None:
         assert request.head_dim is not None
         self.selection = selection
         self.schedule = schedule
         self.dense = dense
+        # What runs in the place of a method with extra tensors does without them.
+        self.extras = extras
         self.role = request.role
         self.mask_kind = request.mask
         scale = request.scale if request.scale is not None else default_scale(request.head_dim)
@@ -162,7 +165,7 @@ class _Decision:
             enable_gqa,
             return_lse,
             context,
-            extras or {},
+            {name: extras[name] for name in extras if name in self.extras} if extras else {},
         )
 
     def row(self, phase: str | None) -> Row:
@@ -526,7 +529,8 @@ def _decide(
         schedule = parameters if isinstance(parameters, ScheduledConfig) else None
         if dense is None:
             schedule = None
-        return _Decision(chosen, implementation, schedule, dense, request)
+        extras = backend.spec.capabilities.extras
+        return _Decision(chosen, implementation, schedule, dense, request, extras)
 
     # A chosen backend may turn out not to load, or its factory to refuse this request. Either is a
     # reason from then on, and selection runs again.

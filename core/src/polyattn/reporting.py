@@ -34,7 +34,7 @@ class Row:
     steps: set[int] = field(default_factory=set)
     layers: set[int] = field(default_factory=set)
     last_facts: Mapping[str, Any] | None = None
-    _words: dict[str, Any] = field(default_factory=dict)
+    _words: dict[str, list[Any]] = field(default_factory=dict)
     _sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     _on_device: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -46,8 +46,12 @@ class Row:
         """
         for name in list(self._on_device):
             self._fetch(name)
+        words = {
+            name: values[0] if len(values) == 1 else ", ".join(map(str, values))
+            for name, values in self._words.items()
+        }
         means = {name: total / number for name, (total, number) in self._sums.items()}
-        return {**self._words, **means}
+        return {**words, **means}
 
     def count(self, context: ForwardContext | None, facts: Mapping[str, Any] | None) -> None:
         """Add one call. A fact may be a float, a tensor of one number, or any other value."""
@@ -71,11 +75,9 @@ class Row:
             if len(waiting) >= MOST_WAITING:
                 self._fetch(name)
         else:
-            known = self._words.get(name)
-            if known is None or known == value:
-                self._words[name] = value
-            elif str(value) not in str(known).split(", "):
-                self._words[name] = f"{known}, {value}"
+            known = self._words.setdefault(name, [])
+            if value not in known:
+                known.append(value)
 
     def _fetch(self, name: str) -> None:
         for value in self._on_device.pop(name, ()):

@@ -17,6 +17,7 @@ import functools
 import logging
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -46,6 +47,7 @@ __all__ = [
     "BackendStatus",
     "Candidate",
     "Selection",
+    "asked_for",
     "backends",
     "load_factory",
     "local_environment",
@@ -183,7 +185,8 @@ def select(
     parameters = _parameters(chosen, requested, given)
     exception = _dense_exception(chosen.spec, request, source)
     if exception:
-        return _logged(_automatic(request, environment, {}, requested, source, exception))
+        plain = _without_extras_of(chosen.spec, request)
+        return _logged(_automatic(plain, environment, {}, requested, source, exception))
     reasons = _all_reasons(chosen.spec, request, parameters, environment)
     if not reasons:
         return _selection(chosen, parameters, request, environment, requested, source)
@@ -200,8 +203,15 @@ def select(
             )
     if on_unavailable == "fallback":
         why = f"{chosen.name} cannot run here and fallback is allowed: {_joined(reasons)}"
-        return _logged(_automatic(request, environment, {}, requested, source, why, (refused,)))
+        plain = _without_extras_of(chosen.spec, request)
+        return _logged(_automatic(plain, environment, {}, requested, source, why, (refused,)))
     raise _unavailable(requested, source, refused, request, environment)
+
+
+def asked_for(backend: str | None, role: str, scope: Scope = "call") -> BackendSpec | None:
+    """The backend that attention of a role is asked to run on; None: selection is automatic."""
+    name, source = _wish(backend, AttentionRequest(role=role), None, scope)
+    return None if name is None else backend_named(name, source=_source_words(source)).spec
 
 
 def _wish(
@@ -255,6 +265,12 @@ def _dense_exception(spec: BackendSpec, request: AttentionRequest, source: str) 
     return None
 
 
+def _without_extras_of(spec: BackendSpec, request: AttentionRequest) -> AttentionRequest:
+    """The request for a dense backend in the place of one whose method takes extra tensors."""
+    extras = tuple(each for each in request.extras if each not in spec.capabilities.extras)
+    return replace(request, extras=extras)
+
+
 def _automatic(
     request: AttentionRequest,
     environment: Environment,
@@ -296,6 +312,13 @@ def _automatic(
         raise BackendUnavailableError(
             "no attention backend is installed; polyattn itself contains none",
             hint=how_to_get_a_backend(),
+        )
+    if not any(each.spec.kind == "exact" for each in registry().backends.values()):
+        raise BackendUnavailableError(
+            f"no exact backend is installed, and {_words(request)} needs one: "
+            f"{why or 'automatic selection takes no other'}",
+            hint=how_to_get_a_backend(),
+            trace=tuple(candidates),
         )
     raise BackendUnavailableError(
         f"no exact backend can serve {_words(request)} on {environment.describe()}:"
@@ -361,6 +384,7 @@ def _dense_partner(
         return None
     if not (parameters.dense_steps or parameters.dense_layers):
         return None
+    request = _without_extras_of(chosen.spec, request)
     if parameters.dense_backend is None:
         why = f"dense phase of {chosen.name}"
         return _automatic(request, environment, {}, chosen.name, "automatic", why)

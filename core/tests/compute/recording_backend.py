@@ -17,6 +17,7 @@ from polyattn.contract import (
 
 CALLS: list[ForwardContext] = []
 MASKS: list[torch.Tensor | None] = []
+GATES: list[torch.Tensor | None] = []
 
 
 class Recorder:
@@ -31,6 +32,7 @@ class Recorder:
         assert call.context is not None
         CALLS.append(call.context)
         MASKS.append(call.mask)
+        GATES.append(call.extras.get("gate"))
         if call.context.layer == Recorder.failing_layer:
             raise Recorder.error
         call.context.state["seen"] = call.context.state.get("seen", 0) + 1
@@ -47,6 +49,7 @@ def build(config: Any, request: Any, environment: Any) -> Recorder:
 def reset() -> None:
     CALLS.clear()
     MASKS.clear()
+    GATES.clear()
     Recorder.failing_layer = None
     Recorder.error = ValueError("the kernel failed")
 
@@ -70,6 +73,18 @@ SPARSE = BackendSpec(
     capabilities=Capabilities(
         platforms={"cpu": Architectures()}, dtypes=("float32",), needs_grid=True,
         accuracy="approximate",
+    ),
+    config=ScheduledConfig,
+    implementation="recording_backend:build",
+)  # fmt: skip
+
+GATED = BackendSpec(
+    name="gated_recorder",
+    summary="remembers its calls; video self-attention with a gate",
+    kind="sparse",
+    capabilities=Capabilities(
+        platforms={"cpu": Architectures()}, dtypes=("float32", "bfloat16"), needs_grid=True,
+        extras=("gate",), accuracy="approximate",
     ),
     config=ScheduledConfig,
     implementation="recording_backend:build",

@@ -395,6 +395,31 @@ def test_the_dense_phase_and_the_report() -> None:
     assert report.to_dict()[0]["calls"]
 
 
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+def test_extra_tensors_reach_the_method_and_not_its_dense_phase(form: str) -> None:
+    Recorder.calls = []
+    q, k, v = qkv()
+    gate = torch.rand(q.shape)
+
+    def call(q: Any, k: Any, v: Any, gate: Any) -> Any:
+        config = {"dense_steps": 2}
+        return polyattn.attention(q, k, v, backend="sparse", config=config, extras={"gate": gate})
+
+    with isolated_registry(SPARSE, spec("dense")), reporting_to(Report()) as report:
+        counter = None
+        if form == "compiled":
+            call, counter = compiled(call)
+        for step in range(4):
+            with polyattn.forward_context(step=step, grid=(1, 3, 4)):
+                call(q, k, v, gate)
+    assert [sorted(each.extras) for each in Recorder.calls] == [[], [], ["gate"], ["gate"]]
+    assert torch.equal(Recorder.calls[-1].extras["gate"], gate)
+    assert {(row.used, tuple(sorted(row.steps))) for row in report.rows} == {
+        ("dense", (0, 1)), ("sparse", (2, 3)),
+    }  # fmt: skip
+    assert counter is None or counter.frame_count == 1
+
+
 def test_a_backend_that_breaks_its_contract_is_named() -> None:
     with isolated_registry(spec("broken", implementation=f"{__name__}:build_wrong")):
         with pytest.raises(BackendUnavailableError, match=r"'broken' broke its contract"):

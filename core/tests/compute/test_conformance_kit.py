@@ -278,6 +278,17 @@ def test_parameters_that_are_required_can_be_given() -> None:
         kit = kit_for(configs=({"count": 3},))
         for test in ("test_defaults_are_valid", "test_parameters_survive_json", "test_lengths"):
             assert failure(kit, test) is None
+    with isolated_registry(spec(config=Required, aliases={"plain_x": {}, "plain_2": {"count": 2}})):
+        kit = kit_for(configs=({"count": 3},))
+        assert failure(kit, "test_names_resolve") is None
+
+
+def test_a_backend_may_be_named_by_its_alias() -> None:
+    bare = spec(capabilities=capabilities(**BARE), aliases=["another_name"])
+    with isolated_registry(bare):
+        found = outcomes(kit_for(backend="another_name"))
+    assert {test: said for test, said in found.items() if said not in ("passed", "skipped")} == {}
+    assert found["test_undeclared_capabilities_are_refused"] == "passed"
 
 
 def test_a_taken_name_is_a_finding() -> None:

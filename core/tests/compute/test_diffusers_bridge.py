@@ -35,6 +35,7 @@ from polyattn.errors import (  # noqa: E402
     UnknownBackendError,
 )
 from polyattn.integrations import registration  # noqa: E402
+from polyattn.integrations.diffusers import attach_gates  # noqa: E402
 from polyattn.integrations.runs import Announced, RunTracker  # noqa: E402
 from polyattn.reporting import current_report  # noqa: E402
 from polyattn.testing import isolated_registry  # noqa: E402
@@ -54,8 +55,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _backends() -> Iterator[None]:
     recorder.reset()
-    specs = (polyattn_sdpa.SPEC, recorder.EXACT, recorder.SPARSE, recorder.GPU_ONLY)
-    with isolated_registry(*specs):
+    specs = (recorder.EXACT, recorder.SPARSE, recorder.GATED, recorder.GPU_ONLY)
+    with isolated_registry(polyattn_sdpa.SPEC, *specs):
         yield
     recorder.reset()
 
@@ -418,6 +419,141 @@ def test_config_goes_to_the_backend_it_names(pipe: Any) -> None:
     assert {row.role: row.facts.get("kernel") for row in handle.report.rows} == {
         "self": "math", "cross": None,
     }  # fmt: skip
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+INNER = tiny_wan.HEADS * tiny_wan.HEAD_DIM
+
+
+def _gates(layers: int = tiny_wan.LAYERS, seed: int = 11) -> dict[str, Any]:
+    """The part of a checkpoint that diffusers drops."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"blocks.{layer}.to_gate_compress.{name}": torch.randn(shape, generator=generator)
+        for layer in range(layers)
+        for name, shape in (("weight", (INNER, INNER)), ("bias", (INNER,)))
+    }
+
+
+def _gated_model(**changes: Any) -> Any:
+    model = tiny_wan.tiny_transformer(**changes)
+    attach_gates(model, {**_gates(), "blocks.0.attn1.to_q.weight": torch.zeros(1)})
+    return model
+
+
+def test_the_gate_is_the_projection_of_what_makes_the_query() -> None:
+    model = _gated_model()
+    seen = []
+    for block in model.blocks:
+        block.attn1.to_q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with polyattn.apply(model, "gated_recorder") as handle:
+        _forward(model)
+    weights = _gates()
+    assert len(recorder.GATES) == tiny_wan.LAYERS
+    for layer, (hidden, gate) in enumerate(zip(seen, recorder.GATES, strict=True)):
+        name = f"blocks.{layer}.to_gate_compress"
+        wanted = hidden @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        wanted = wanted.unflatten(-1, (tiny_wan.HEADS, tiny_wan.HEAD_DIM))
+        torch.testing.assert_close(gate, wanted)
+    used = {row.role: row.used for row in handle.report.rows}
+    assert used == {"self": "gated_recorder", "cross": "torch_sdpa"}
+
+
+@pytest.mark.parametrize("backend", ["recorder", "sparse_recorder", "torch_sdpa", "auto"])
+def test_gates_change_nothing_for_backends_that_take_none(backend: str) -> None:
+    plain = _forward(tiny_wan.tiny_transformer())
+    model = _gated_model()
+    for block in model.blocks:
+        block.to_gate_compress.register_forward_hook(lambda *_: pytest.fail("the gate was run"))
+    with polyattn.apply(model, backend):
+        torch.testing.assert_close(_forward(model), plain, rtol=1e-6, atol=1e-6)
+    assert recorder.GATES.count(None) == len(recorder.GATES)
+
+
+def test_models_without_gates_pass_none() -> None:
+    with polyattn.apply(tiny_wan.tiny_transformer(), "gated_recorder") as handle:
+        _forward(handle._attachments[0].model)
+    assert recorder.GATES == [None] * tiny_wan.LAYERS
+
+
+def test_whoever_is_in_force_gets_the_gate() -> None:
+    model = _gated_model()
+    with polyattn.apply(model), polyattn.force_backend("gated_recorder"):
+        _forward(model)
+    assert None not in recorder.GATES
+    recorder.reset()
+    with polyattn.apply(model, "gated_recorder"), polyattn.force_backend("recorder"):
+        _forward(model)
+    assert set(recorder.GATES) == {None}
+
+
+def test_the_dense_phase_does_without_the_gate(pipe: Any) -> None:
+    attach_gates(pipe.transformer, _gates())
+    try:
+        with polyattn.apply(pipe, "gated_recorder", config={"dense_steps": 1}) as handle:
+            tiny_wan.run(pipe, steps=3, guidance=1.0)
+    finally:
+        for block in pipe.transformer.blocks:
+            del block.to_gate_compress
+    assert len(recorder.GATES) == 2 * tiny_wan.LAYERS
+    assert None not in recorder.GATES
+    by_why = {row.why: row for row in handle.report.rows if row.role == "self"}
+    assert by_why["requested"].steps == {1, 2}
+    assert by_why["dense_steps of gated_recorder"].used == "torch_sdpa"
+
+
+def test_a_gated_model_is_restored_bit_for_bit() -> None:
+    model = _gated_model()
+    before, plain = _fingerprint(model), _forward(model)
+    with polyattn.apply(model, "gated_recorder"):
+        _forward(model)
+    assert _fingerprint(model) == before
+    assert torch.equal(_forward(model), plain)
+
+
+def test_gates_take_the_dtype_of_their_block() -> None:
+    model = tiny_wan.tiny_transformer().to(torch.bfloat16)
+    weights = _gates()
+    attach_gates(model, weights)
+    layer = model.blocks[1].to_gate_compress
+    wanted = weights["blocks.1.to_gate_compress.weight"].to(torch.bfloat16)
+    assert torch.equal(layer.weight, wanted)
+    assert layer.bias.dtype is torch.bfloat16
+    assert "blocks.1.to_gate_compress.bias" in model.state_dict()
+    # A copy: the weights of the checkpoint may go on being used.
+    single = tiny_wan.tiny_transformer()
+    attach_gates(single, weights)
+    weights["blocks.1.to_gate_compress.bias"].zero_()
+    assert single.blocks[1].to_gate_compress.bias.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: found.clear(), r"'blocks\.0\.to_gate_compress\.weight'.*found none"),
+        (
+            lambda found: found.popitem(),
+            r"'blocks\.1\.to_gate_compress\.bias' of \[24\], found none",
+        ),
+        (
+            lambda found: found.update({"blocks.1.to_gate_compress.weight": torch.zeros(24, 12)}),
+            r"blocks\.1\.to_gate_compress\.weight' of \[24, 24\], found one of \[24, 12\]",
+        ),
+        (lambda found: found.update(_gates(3)), r"no block for 2 tensors .*'blocks\.2\."),
+    ],
+)
+def test_gates_that_do_not_fit_change_nothing(change: Any, words: str) -> None:
+    model, found = tiny_wan.tiny_transformer(), _gates()
+    change(found)
+    with pytest.raises(InputError, match=words):
+        attach_gates(model, found)
+    assert not any("gate" in name for name, _ in model.named_modules())
+
+
+def test_gates_are_for_families_that_are_served() -> None:
+    with pytest.raises(BridgeError, match=r"Linear; supported: Wan"):
+        attach_gates(torch.nn.Linear(2, 2), _gates())
 
 
 # --- arguments of the call ------------------------------------------------------------------------

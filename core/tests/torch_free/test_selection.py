@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,8 +34,8 @@ from polyattn.errors import (
     SelectionConflictError,
     UnknownBackendError,
 )
-from polyattn.selection import backends, select
-from polyattn.testing import isolated_registry
+from polyattn.selection import asked_for, backends, select
+from polyattn.testing import dense_backend, isolated_registry
 
 EVERYWHERE = {name: Architectures() for name in ("cuda", "rocm", "mps", "npu", "xpu", "cpu")}
 
@@ -359,6 +360,44 @@ def test_the_dense_phase_is_what_the_run_would_use() -> None:
         select("sl", request=request, environment=HOPPER, config="dense_steps=1.5")
 
 
+def test_extra_tensors_are_for_the_method_alone() -> None:
+    """What runs in its place, by a schedule or where it does not apply, does without them."""
+    request = AttentionRequest(dtype="bfloat16", head_dim=128, grid=(2, 3, 4), extras=("gate",))
+    for config in ("dense_steps=1", "dense_layers=1,dense_backend=fa"):
+        scheduled = select("sl", request=request, environment=HOPPER, config=config)
+        assert scheduled.chosen == "sliding"
+        assert scheduled.dense is not None
+        assert scheduled.dense.chosen == "fa"
+    cross = replace(request, role="cross")
+    assert select("sl", request=cross, environment=HOPPER, scope="model").chosen == "fa"
+    masked = replace(request, mask="boolean")
+    fallback = select("sl", request=masked, environment=HOPPER, on_unavailable="fallback")
+    assert fallback.chosen == "torch_sdpa"
+    # Only what the method declares is set aside: a name that nobody knows is an error.
+    unknown = replace(request, role="cross", extras=("gate", "mystery"))
+    for more in ({"scope": "model"}, {"on_unavailable": "fallback"}):
+        with pytest.raises(BackendUnavailableError, match="mystery"):
+            select("sl", request=unknown, environment=HOPPER, **more)  # type: ignore[arg-type]
+    with pytest.raises(BackendUnavailableError, match="takes extra tensors none, found gate"):
+        select("fa", request=request, environment=HOPPER)
+
+
+def test_who_is_asked() -> None:
+    assert asked_for(None, "self") is None
+    polyattn.configure("fa", roles={"cross": "sdpa"})
+    asked = {role: asked_for(None, role) for role in ("self", "cross")}
+    assert {role: spec and spec.name for role, spec in asked.items()} == {
+        "self": "fa", "cross": "torch_sdpa",
+    }  # fmt: skip
+    own = asked_for("sl", "self", "model")
+    assert own is not None
+    assert own.name == "sliding"
+    with polyattn.force_backend("fa"):
+        forced = asked_for("sl", "self", "model")
+    assert forced is not None
+    assert forced.name == "fa"
+
+
 def test_parameters_are_checked_and_found() -> None:
     request = AttentionRequest(grid=(2, 3, 4))
 
@@ -480,6 +519,38 @@ def test_a_role_that_looks_like_a_typo_is_told(caplog: pytest.LogCaptureFixture)
 def test_nothing_can_serve_it() -> None:
     with isolated_registry(FLASH), pytest.raises(BackendUnavailableError, match="needs cuda"):
         select(environment=LAPTOP, dtype="float32")
+
+
+def test_a_sparse_backend_alone_says_what_its_dense_part_needs() -> None:
+    """Sparse methods leave cross-attention and first steps dense, to whatever else is installed."""
+    with isolated_registry(SPARSE):
+        video = replace(HALF, grid=(2, 3, 4))
+        assert select("sl", request=video, environment=HOPPER).chosen == "sliding"
+        for request, more, words in (
+            (video, {"config": "dense_steps=1"}, "dense phase of sliding"),
+            (replace(video, role="cross"), {"scope": "model"}, "cross-attention stays dense"),
+            (video, {"backend": None}, "automatic selection takes no other"),
+        ):
+            with pytest.raises(
+                BackendUnavailableError, match=rf'(?s){words}.*pip install "polyattn\[sdpa\]"'
+            ):
+                select(**{"backend": "sl", **more}, request=request, environment=HOPPER)
+
+
+def test_tests_of_a_sparse_backend_find_a_dense_one() -> None:
+    request = replace(HALF, grid=(2, 3, 4))
+    with isolated_registry(SPARSE):
+        with dense_backend() as name:
+            partner = select(
+                "sl", request=request, config="dense_steps=1", environment=LAPTOP
+            ).dense
+            assert partner is not None
+            assert partner.chosen == name == "dense_stand_in"
+        with pytest.raises(BackendUnavailableError, match="no exact backend"):
+            select()
+    with isolated_registry(SPARSE, SDPA), dense_backend() as name:
+        assert (name, select().chosen) == ("torch_sdpa", "torch_sdpa")
+        assert len(backends()) == 2
 
 
 def test_a_selection_is_plain_data() -> None:

@@ -34,7 +34,13 @@ import torch
 from polyattn.context import ForwardContext, current_context, entered
 from polyattn.dispatch import CallSite, attend
 from polyattn.errors import BridgeError, InputError
-from polyattn.integrations.families import AttentionPlace, Family, family_of, supported_words
+from polyattn.integrations.families import (
+    GATE,
+    AttentionPlace,
+    Family,
+    family_of,
+    supported_words,
+)
 from polyattn.integrations.registration import (
     process_wide_backend,
     registered_member,
@@ -44,8 +50,9 @@ from polyattn.integrations.registration import (
 from polyattn.integrations.runs import CacheContextWatch, RunTracker, announced_for
 from polyattn.integrations.sites import call_sites
 from polyattn.reporting import Report, Row, reporting_to
+from polyattn.selection import asked_for
 
-__all__ = ["Handle", "PipelineReport", "apply"]
+__all__ = ["Handle", "PipelineReport", "apply", "attach_gates"]
 
 logger = logging.getLogger("polyattn")
 
@@ -79,6 +86,53 @@ def apply(
     for note in notes:
         logger.info(note)
     return handle
+
+
+def attach_gates(transformer: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Give a Wan transformer the gate projections of a checkpoint that was trained for VSA.
+
+    diffusers drops a checkpoint's ``blocks.N.to_gate_compress.weight`` and ``.bias``, since its own
+    model has no such layers. This makes them of ``state_dict``, whose other keys are not looked at,
+    in the dtype and on the device of the block. To be called on the loaded model before anything is
+    compiled, offloaded, quantized, or handed to :func:`apply`; the layers stay in the model, and
+    are run where the backend takes the extra tensor ``gate``.
+
+    Raises :class:`~polyattn.errors.BridgeError` for a family that is not served, and
+    :class:`~polyattn.errors.InputError` for weights that are missing, left over, or of another
+    shape. Nothing is changed then.
+    """
+    family = family_of(transformer)
+    if family is None:
+        raise BridgeError(
+            f"gates cannot be attached to {type(transformer).__name__}; supported: "
+            f"{supported_words()}"
+        )
+    given = {key: state_dict[key] for key in state_dict if f".{GATE}." in key}
+    gates = {}
+    for place in family.places(transformer):
+        if place.role != "self":
+            continue
+        block, like = place.path.rpartition(".")[0], place.module.to_q
+        gate = torch.nn.Linear(like.in_features, like.out_features, device="meta")
+        for name, wanted in list(gate.named_parameters()):
+            key = f"{block}.{GATE}.{name}"
+            found = given.pop(key, None)
+            if found is None or found.shape != wanted.shape:
+                what = "none" if found is None else f"one of {list(found.shape)}"
+                raise InputError(
+                    f"{type(transformer).__name__} needs a tensor {key!r} of {list(wanted.shape)}, "
+                    f"found {what}"
+                )
+            weight = found.to(like.weight.device, like.weight.dtype, copy=True)
+            setattr(gate, name, torch.nn.Parameter(weight))
+        gates[block] = gate
+    if given:
+        raise InputError(
+            f"{type(transformer).__name__} has no block for {len(given)} tensors of gates, the "
+            f"first of which is {next(iter(given))!r}"
+        )
+    for block, gate in gates.items():
+        setattr(transformer.get_submodule(block), GATE, gate)
 
 
 # --- what it applies to ---------------------------------------------------------------------------
@@ -234,7 +288,9 @@ class _RoutedProcessor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.bindings:
             return self.replaced(*args, **kwargs)
-        with self.bindings[-1].in_force():
+        # A processor is called with the module and its hidden states.
+        hidden_states = args[1] if len(args) > 1 else kwargs.get("hidden_states")
+        with _InForce(self.bindings[-1], hidden_states):
             return self.routing(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -280,8 +336,13 @@ class _Binding:
         self.place = place
         self.site = site
 
-    def in_force(self) -> _InForce:
-        return _InForce(self)
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a bound processor: answers the attention that diffusers asks for inside it."""
+
+    binding: _Binding
+    hidden_states: torch.Tensor | None
 
     def attend(
         self,
@@ -298,18 +359,35 @@ class _Binding:
             # value in bfloat16.
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (each.to(dtype) for each in (query, key, value))
-        result = attend(self.site, query, key, value, mask, is_causal, scale, enable_gqa)
+        result = attend(
+            self.binding.site, query, key, value, mask, is_causal, scale, enable_gqa,
+            extras=self.extras(query),
+        )  # fmt: skip
         assert isinstance(result, torch.Tensor)
         return result
+
+    def extras(self, query: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        """The layer's gate, if it has one and the backend in force takes it; query [B, S, H, D]."""
+        place, site = self.binding.place, self.binding.site
+        if place.gate is None or self.hidden_states is None:
+            return None
+        spec = asked_for(site.backend, place.role, site.scope)
+        if spec is None or "gate" not in spec.capabilities.extras:
+            return None
+        gate = place.gate(self.hidden_states).unflatten(-1, query.shape[2:])
+        return {"gate": gate.to(query.dtype)}
 
 
 class _InForce:
     """For the length of one processor call: route, forward context and report. Leaves no trace."""
 
-    def __init__(self, binding: _Binding) -> None:
+    def __init__(self, binding: _Binding, hidden_states: torch.Tensor | None) -> None:
         attachment = binding.attachment
-        context = attachment.context(binding.place)
-        self._managers = (routed(binding), entered(context), reporting_to(attachment.report))
+        self._managers = (
+            routed(_Call(binding, hidden_states)),
+            entered(attachment.context(binding.place)),
+            reporting_to(attachment.report),
+        )
 
     def __enter__(self) -> None:
         for manager in self._managers:

@@ -13,17 +13,24 @@ from typing import Any
 
 from polyattn.errors import BridgeError
 
-__all__ = ["FAMILIES", "AttentionPlace", "Family", "family_of", "supported_words"]
+__all__ = ["FAMILIES", "GATE", "AttentionPlace", "Family", "family_of", "supported_words"]
+
+GATE = "to_gate_compress"  # a block's gate projection, as checkpoints trained for VSA name it
 
 
 @dataclass(frozen=True)
 class AttentionPlace:
-    """One attention module: its path in the model, the module, its role and its layer."""
+    """One attention module: its path in the model, the module, its role and its layer.
+
+    ``gate`` is the layer's projection from hidden states to a gate ``[B, S, H * D]``, in models
+    trained with one.
+    """
 
     path: str
     module: Any
     role: str
     layer: int
+    gate: Any = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,14 @@ def _wan_places(model: Any) -> list[AttentionPlace]:
     blocks = [(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
     control = getattr(model, "vace_blocks", ())
     blocks += [(f"vace_blocks.{index}", block) for index, block in enumerate(control)]
-    return [
-        AttentionPlace(f"{path}.{name}", getattr(block, name), role, layer)
-        for layer, (path, block) in enumerate(blocks)
-        for name, role in (("attn1", "self"), ("attn2", "cross"))
-    ]
+    places = []
+    for layer, (path, block) in enumerate(blocks):
+        gate = getattr(block, GATE, None)
+        places += [
+            AttentionPlace(f"{path}.attn1", block.attn1, "self", layer, gate),
+            AttentionPlace(f"{path}.attn2", block.attn2, "cross", layer),
+        ]
+    return places
 
 
 def _patched_video_grid(model: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -7,7 +7,8 @@ A plugin's test file is three lines, and the backend's own spec decides what is 
     class TestMyBackend(BackendConformance):
         backend = "my_backend"
 
-``fake_distribution`` and ``isolated_registry`` serve tests of discovery and selection; they need
+``dense_backend`` gives tests of a sparse backend the dense one that its schedule needs.
+``fake_distribution`` and ``isolated_registry`` serve tests of discovery and selection. These need
 neither torch nor pytest. Everything else is loaded on first use and needs both
 (``pip install "polyattn[testing]"``).
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from polyattn.testing.dense import dense_backend
 from polyattn.testing.isolation import default_settings, fake_distribution, isolated_registry
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendConformance",
     "default_settings",
+    "dense_backend",
     "fake_distribution",
     "isolated_registry",
     "oracle",

@@ -100,11 +100,14 @@ class MetadataTests(Subject):
     def test_names_resolve(self) -> None:
         """The name and every alias lead to this backend, and implied parameters are valid."""
         spec = self.spec
+        required = any(each.is_required() for each in spec.config.model_fields.values())
         for name in (spec.name, *spec.aliases):
             require(NAME_PATTERN.fullmatch(name), f"{name!r} is not a backend name")
             canonical, implied = resolve_name(name)
             require(canonical == spec.name, f"{name!r} leads to {canonical!r}")
-            validate(spec, self.configs[0] if name == spec.name else {}, implied=implied)
+            # What an alias implies is held against the defaults, where there are defaults for all.
+            given = self.configs[0] if name == spec.name or required else {}
+            validate(spec, {**given, **implied})
             self.ran()
 
     @kit_test("metadata")

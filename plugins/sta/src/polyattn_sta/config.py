@@ -1,0 +1,137 @@
+"""Parameters of ``sliding_tile_attn``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
+
+from polyattn.contract import ScheduledConfig
+
+__all__ = ["Mode", "StaConfig"]
+
+Mode = Literal["STA_inference", "STA_searching", "STA_tuning", "STA_tuning_cfg"]
+Side = Annotated[int, Field(ge=1)]
+Sides = tuple[Side, Side, Side]
+
+# Parameters that mean something in some modes only. One that would not be read is an error.
+TUNING = ("STA_tuning", "STA_tuning_cfg")
+READ_IN = {
+    "mask_strategy_file_path": ("STA_inference", *TUNING),
+    "window_size": ("STA_inference",),
+    "search_output_path": ("STA_searching", *TUNING),
+    "candidates": ("STA_searching",),
+    "max_density": TUNING,
+}
+
+
+class StaConfig(ScheduledConfig):
+    """Which tiles are seen, and when the method stays dense.
+
+    ``skip_time_steps`` and ``dense_steps`` are one parameter under two names: STA's, and that of
+    every scheduled backend. Given together they must agree. A search measures every step unless
+    one of them is given.
+    """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    mask_strategy_file_path: str | None = Field(
+        None,
+        min_length=1,
+        description='JSON file of windows in tiles: {"step_layer_head": [t, h, w]}. Inference '
+        "needs it, or window_size. With STA_tuning: where to write it (by default into "
+        "search_output_path).",
+    )
+    sta_mode: Mode = Field(
+        "STA_inference",
+        validation_alias=AliasChoices("STA_mode", "sta_mode"),
+        description="STA_inference: attend. STA_searching: attend fully, and record how far each "
+        "candidate window is off. STA_tuning, STA_tuning_cfg: choose windows from such records "
+        "(of the prompt's guidance branch, of both), write the strategy, and attend by it.",
+    )
+    skip_time_steps: int | float = Field(
+        15,
+        ge=0,
+        description="First denoising steps with full attention: a count, or a share (0.2). "
+        "A single call outside of a run wants 0.",
+    )
+    dense_steps: int | float = Field(15, ge=0, description="The same as skip_time_steps.")
+    window_size: Sides | None = Field(
+        None,
+        description="One window [t, h, w] in tiles for all steps, layers and heads, instead of a "
+        "strategy. An even width counts as one more; beyond the grid is the whole axis.",
+    )
+    tile_size: Sides = Field(
+        (6, 8, 8),
+        description="Tokens of a tile along [t, h, w]. Smaller tiles suit small grids.",
+    )
+    first_head: int | None = Field(
+        None,
+        ge=0,
+        description="Number of the call's first head in the strategy, where a call has only some "
+        "of the model's heads, as under Ulysses parallelism.",
+    )
+    search_output_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of search records: STA_searching writes there, STA_tuning reads.",
+    )
+    candidates: tuple[Sides, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Windows that STA_searching tries; by default up to seven of different shapes "
+        "that cover at most a fifth of the tiles.",
+    )
+    max_density: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="STA_tuning leaves out candidates that attend to a larger share of the pairs.",
+    )
+
+    @field_validator("sta_mode", mode="before")
+    @classmethod
+    def _mode_in_any_case(cls, value: Any) -> Any:
+        """sglang reads the names of its enumeration (``STA_INFERENCE``) instead of the values."""
+        known = {mode.lower(): mode for mode in get_args(Mode)}
+        return known.get(value.lower(), value) if isinstance(value, str) else value
+
+    @field_validator("skip_time_steps")
+    @classmethod
+    def _share_of_steps(cls, value: int | float) -> int | float:
+        return cls._share_or_count(value)
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        given = self.model_fields_set & {"skip_time_steps", "dense_steps"}
+        if len(given) == 2 and self.skip_time_steps != self.dense_steps:
+            raise ValueError(
+                f"skip_time_steps={self.skip_time_steps} and dense_steps={self.dense_steps} mean "
+                "the same thing; give one of them"
+            )
+        steps = self.dense_steps if given == {"dense_steps"} else self.skip_time_steps
+        if not given and self.sta_mode == "STA_searching":
+            steps = 0
+        for name in ("skip_time_steps", "dense_steps"):
+            object.__setattr__(self, name, steps)
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_left_unread(self) -> Self:
+        for name, modes in READ_IN.items():
+            if getattr(self, name) is not None and self.sta_mode not in modes:
+                raise ValueError(
+                    f"{name} is a parameter of {' and '.join(modes)}, and sta_mode is "
+                    f"{self.sta_mode}"
+                )
+        if self.sta_mode != "STA_inference" and self.search_output_path is None:
+            raise ValueError(f"{self.sta_mode} needs search_output_path, the folder of records")
+        if self.window_size is not None and self.mask_strategy_file_path is not None:
+            raise ValueError(
+                "window_size is one window for all heads, mask_strategy_file_path has one for each "
+                "of them: give one of window_size and mask_strategy_file_path"
+            )
+        if self.window_size is not None and self.first_head is not None:
+            raise ValueError("first_head tells heads apart, and window_size is the same for all")
+        return self
