@@ -101,11 +101,15 @@ def gpu_milliseconds(
 
 
 def cpu_microseconds(
-    variants: Mapping[str, Callable[[], Any]], *, number: int = 5000, repeats: int = 9
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    number: int = 5000,
+    repeats: int = 9,
+    warmup: int = 200,
 ) -> dict[str, float]:
     """Least microseconds per call of each variant, timed in turns."""
     for function in variants.values():
-        for _ in range(200):
+        for _ in range(warmup):
             function()
     best = dict.fromkeys(variants, float("inf"))
     for _ in range(repeats):

@@ -7,6 +7,7 @@ speed) is the benchmark's business.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from strategies import (
 
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import triton as provider
-from polyattn_kernels.providers._lists import work_items
+from polyattn_kernels.providers._lists import LENGTH_BITS, PART, list_parts, work_items
 
 HAS_TRITON = True
 try:
@@ -442,3 +443,48 @@ def test_nothing_to_do() -> None:
         out, lse = attend(*random_tensors(plan, device=DEVICE), plan, 1.0)
         assert not out.any()
         assert lse.isneginf().all()
+
+
+@needs_triton
+@few
+@given(
+    seed=st.integers(0, 999), block=st.sampled_from([32, 64, 192]), length=st.integers(1, 900),
+    shared=st.booleans(), ragged=st.booleans(),
+)  # fmt: skip
+def test_lists_of_full_blocks_and_of_parts(
+    seed: int, block: int, length: int, shared: bool, ragged: bool
+) -> None:
+    plan = on_device(
+        random_plan(
+            seed,
+            key_length=length,
+            key_block=block,
+            keys="ragged" if ragged else "uniform",
+            batch=2,
+            heads=3,
+            shared=shared,
+            spare_capacity=1,
+        )
+    )
+    parts = list_parts(plan)
+    sizes = plan.block_sizes("key").expand(plan.batch, plan.heads, -1).cpu()
+    batch, heads, rows = parts.counts.shape
+    for item, head, row in itertools.product(range(batch), range(heads), range(rows)):
+        counts = plan.key_counts.expand(batch, heads, -1)[item, head, row]
+        listed = plan.key_indices.expand(batch, heads, -1, -1)[item, head, row, :counts].tolist()
+        held = {number: int(_pick(sizes, item, head)[number]) for number in listed}
+        full = parts.full_indices[item, head, row, : parts.full_counts[item, head, row]].tolist()
+        assert full == [number for number in listed if held[number] == block]
+        entries = parts.entries[item, head, row, : parts.counts[item, head, row]].tolist()
+        wanted = [
+            (number * (block // PART) + part, min(PART, held[number] - part * PART))
+            for number in listed
+            if held[number] < block
+            for part in range(block // PART)
+            if held[number] > part * PART
+        ]
+        assert [(each >> LENGTH_BITS, each % (1 << LENGTH_BITS)) for each in entries] == wanted
+
+
+def _pick(tensor: torch.Tensor, item: int, head: int) -> torch.Tensor:
+    return tensor[min(item, tensor.shape[0] - 1), min(head, tensor.shape[1] - 1)]

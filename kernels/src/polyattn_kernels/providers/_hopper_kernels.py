@@ -11,7 +11,9 @@ mbarriers:
 
 What the portable kernels keep is kept here: the softmax is online, in base 2 and float32; queries
 that meet no key give zeros and a log-sum-exp of -inf; the loop over full tiles holds no mask; a NaN
-in padding reaches no product. Tiles that need a mask come *first*, so that the loop stays clean.
+in padding reaches no product. Tiles that need a mask come *first*, so that the loop stays clean. Of
+key blocks that are not full, only the *parts* of 32 keys that hold tokens are fetched, several to a
+tile.
 
 Gluon is marked experimental: :mod:`polyattn_kernels.providers.hopper` names the releases of Triton
 this was run with, and runs a small case before it serves one.
@@ -39,13 +41,15 @@ __all__ = ["gathered_attention", "uniform_attention"]
 
 LN_2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of one consumer warpgroup
+PART = gl.constexpr(32)  # keys of a part of a block
+LENGTH_BITS = gl.constexpr(6)  # of an entry in a list of parts: its tokens; above them, its number
 
 # Numbers that kernels are not compiled anew for: sizes and strides of a plan.
 PLAN_NUMBERS = (
     "heads", "group", "query_length", "key_length", "num_query_blocks", "num_key_blocks",
     "capacity", "num_items", "first_instance", "plan_heads", "replicas", "head_replicas", "tiles",
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h",
-    "key_lengths_stride_b", "key_lengths_stride_h", "query_lengths_stride_b",
+    "parts_stride_b", "parts_stride_h", "part_capacity", "query_lengths_stride_b",
     "query_lengths_stride_h", "query_permutation_stride_b", "query_permutation_stride_h",
 )  # fmt: skip
 
@@ -68,22 +72,20 @@ def _weigh(scores, maximum, total, scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _mask(scores, first_length, second_length, KEYS: gl.constexpr, PART: gl.constexpr):
-    """Scores with -inf past the tokens of a tile's one or two parts of PART keys."""
-    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
-    visible = column < first_length
-    if PART < KEYS:
-        visible = (visible & (column < PART)) | ((column >= PART) & (column < PART + second_length))
-    return gl.where(visible[None, :], scores, -float("inf"))
+def _is_token(key, lengths):
+    """Whether each key of a tile is a token; ``lengths`` are those of its four parts."""
+    end = gl.where(key < PART, lengths[0], PART + lengths[1])
+    end = gl.where(key < 2 * PART, end, 2 * PART + lengths[2])
+    end = gl.where(key < 3 * PART, end, 3 * PART + lengths[3])
+    return key < end
 
 
 @gluon.jit
 def _repair(
-    values, first_length, second_length, repaired, repairs,
-    WARPGROUP: gl.constexpr, CONSUMERS: gl.constexpr, KEYS: gl.constexpr, PART: gl.constexpr,
-    BLOCK_D: gl.constexpr,
+    values, lengths, repaired, repairs, WARPGROUP: gl.constexpr, CONSUMERS: gl.constexpr,
+    KEYS: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """Zeros in place of the values past a tile's tokens: a weight of 0 does not undo a NaN.
+    """Zeros in place of the values that are no tokens: a weight of 0 does not undo a NaN.
 
     Each consumer writes its share of the rows, and none goes on before all have.
     """
@@ -91,11 +93,9 @@ def _repair(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     part = values.slice(WARPGROUP * SHARE, SHARE)
     row = WARPGROUP * SHARE + gl.arange(0, SHARE, layout=gl.SliceLayout(1, LAYOUT))
-    token = row < first_length
-    if PART < KEYS:
-        token = (token & (row < PART)) | ((row >= PART) & (row < PART + second_length))
     held = part.load(LAYOUT)
-    part.store(gl.where(token[:, None], held, gl.full([SHARE, BLOCK_D], 0.0, held.dtype, LAYOUT)))
+    nothing = gl.full([SHARE, BLOCK_D], 0.0, held.dtype, LAYOUT)
+    part.store(gl.where(_is_token(row, lengths)[:, None], held, nothing))
     fence_async_shared()
     mbarrier.arrive(repaired, count=1)
     mbarrier.wait(repaired, repairs & 1)
@@ -104,12 +104,12 @@ def _repair(
 @gluon.jit
 def _absorb_tiles(
     queries, keys, values, key_full, key_free, value_full, value_free, turn, repaired,
-    query_full, query_phase, number, masked, first_length, second_length,
+    query_full, query_phase, number, lengths, masked,
     maximum, total, accumulator, step, turns, repairs, scale,
-    WARPGROUP: gl.constexpr, CONSUMERS: gl.constexpr, KEYS: gl.constexpr, PART: gl.constexpr,
+    WARPGROUP: gl.constexpr, CONSUMERS: gl.constexpr, KEYS: gl.constexpr,
     BLOCK_D: gl.constexpr, BUFFERS: gl.constexpr, FENCE: gl.constexpr, REPAIR: gl.constexpr,
 ):  # fmt: skip
-    """``number`` > 0 tiles, the first of which may be short; the others are full.
+    """``number`` > 0 tiles; the first has parts of these lengths, the others are full.
 
     ``step`` counts tiles since the kernel began, ``turns`` the uses of the tensor cores.
     """
@@ -134,7 +134,8 @@ def _absorb_tiles(
         turns += 1
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(key_free.index(step % BUFFERS), count=1)
-    scores = _mask(scores, first_length, second_length, KEYS, PART)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
+    scores = gl.where(_is_token(column, lengths)[None, :], scores, -float("inf"))
     weights, maximum, total, decay = _weigh(scores, maximum, total, scale, True)
     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
     accumulator = accumulator * gl.convert_layout(decay, PER_ROW)[:, None]
@@ -142,8 +143,8 @@ def _absorb_tiles(
         if masked:
             mbarrier.wait(value_full.index(step % BUFFERS), (step // BUFFERS) & 1)
             _repair(
-                values.index(step % BUFFERS), first_length, second_length, repaired, repairs,
-                WARPGROUP, CONSUMERS, KEYS, PART, BLOCK_D,
+                values.index(step % BUFFERS), lengths, repaired, repairs, WARPGROUP, CONSUMERS,
+                KEYS, BLOCK_D,
             )  # fmt: skip
             repairs += 1
     step += 1
@@ -223,20 +224,20 @@ def _place(t, tiles, heads, TILES_PER_BLOCK: gl.constexpr):
 
 @gluon.jit
 def _list_of(
-    t, key_counts, clean_counts, query_lengths,
+    t, key_counts, part_counts, query_lengths,
     counts_stride_b, counts_stride_h, query_lengths_stride_b, query_lengths_stride_h,
     tiles, heads, capacity, end,
-    QUERY_BLOCK: gl.constexpr, TILE: gl.constexpr, PARTITIONED: gl.constexpr,
+    QUERY_BLOCK: gl.constexpr, TILE: gl.constexpr, PARTS: gl.constexpr,
     QUERY_LENGTHS: gl.constexpr,
 ):  # fmt: skip
-    """Entries in the list of work item ``t``, and how many of them are full blocks."""
+    """Full blocks in the list of work item ``t``, and parts of others."""
     t = gl.minimum(t, end - 1)  # past the last one: any; it is not used
     batch, head, block, tile = _place(t, tiles, heads, QUERY_BLOCK // TILE)
     row = batch.to(gl.int64) * counts_stride_b + head.to(gl.int64) * counts_stride_h + block
     count = gl.minimum(gl.maximum(gl.load(key_counts + row), 0), capacity)
-    clean = count
-    if PARTITIONED:
-        clean = gl.load(clean_counts + row)
+    parts = count * 0
+    if PARTS:
+        parts = gl.load(part_counts + row)
     if QUERY_LENGTHS:
         length = gl.load(
             query_lengths
@@ -245,130 +246,105 @@ def _list_of(
             + block
         )
         count = gl.where(tile * TILE < length, count, 0)
-        clean = gl.minimum(clean, count)
-    return count, clean
+        parts = gl.where(tile * TILE < length, parts, 0)
+    return count, parts
 
 
 @gluon.jit
-def _tiles_of(
-    count, clean, short, PACK: gl.constexpr, SPLIT: gl.constexpr, PARTITIONED: gl.constexpr
-):
-    """Tiles of a list, how many of them need a mask, and entries missing from the first.
-
-    ``short`` is 1 if the list's last block is the sequence's short one.
-    """
-    padded = short
-    if PARTITIONED:
-        padded = count - clean
+def _tiles_of(count, parts, KEYS: gl.constexpr, PACK: gl.constexpr, SPLIT: gl.constexpr):
+    """Tiles of parts, tiles of full blocks, and entries missing from the first of the latter."""
+    of_parts = (parts * PART + KEYS - 1) // KEYS
     if PACK == 1:
-        return count * SPLIT, padded * SPLIT, count * 0
-    number = (count + PACK - 1) // PACK
-    absent = number * PACK - count
-    return number, (padded + absent + PACK - 1) // PACK, absent
+        return of_parts, count * SPLIT, count * 0
+    of_blocks = (count + PACK - 1) // PACK
+    return of_parts, of_blocks, of_blocks * PACK - count
 
 
 @gluon.jit
-def _length_of(
-    position, count, entries, key_lengths, key_length, num_key_blocks,
-    KEY_BLOCK: gl.constexpr, PARTITIONED: gl.constexpr,
-):  # fmt: skip
-    """Tokens of the block at a position of the walk, from the list's end; 0 before the first."""
-    entry = gl.minimum(gl.maximum(count - 1 - position, 0), count - 1)
-    block = gl.minimum(gl.maximum(gl.load(entries + entry), 0), num_key_blocks - 1)
-    length = gl.minimum(KEY_BLOCK, key_length - block * KEY_BLOCK)
-    if PARTITIONED:
-        length = gl.minimum(length, gl.load(key_lengths + block))
-    return gl.where(position < 0, 0, length)
+def _part_lengths(entries, parts, tile, KEYS: gl.constexpr):
+    """Tokens of the four parts of a tile of parts; 0 past the list's end."""
+    first = tile * (KEYS // PART)
+    mask: gl.constexpr = (1 << LENGTH_BITS) - 1
+    one = gl.where(first < parts, gl.load(entries + gl.minimum(first, parts - 1)) & mask, 0)
+    two = gl.where(first + 1 < parts, gl.load(entries + gl.minimum(first + 1, parts - 1)) & mask, 0)
+    three = one * 0
+    four = one * 0
+    if KEYS > 2 * PART:
+        three = gl.where(
+            first + 2 < parts, gl.load(entries + gl.minimum(first + 2, parts - 1)) & mask, 0
+        )
+        four = gl.where(
+            first + 3 < parts, gl.load(entries + gl.minimum(first + 3, parts - 1)) & mask, 0
+        )
+    return one, two, three, four
 
 
 @gluon.jit
 def _uniform_consumer(
     queries, shared, WARPGROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
-    KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTITIONED: gl.constexpr, RAGGED: gl.constexpr,
+    KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr, REPAIR: gl.constexpr,
     QUERY_LENGTHS: gl.constexpr, STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each work item's query tile."""
     (
-        keys, values, key_full, key_free, value_full, value_free, query_full, query_free,
-        turn, repaired, out, lse, key_indices, key_counts, clean_counts, key_lengths,
-        query_lengths, scale, out_stride_b, out_stride_s, out_stride_h, indices_stride_b,
-        indices_stride_h, counts_stride_b, counts_stride_h, key_lengths_stride_b,
-        key_lengths_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
-        query_length, key_length, num_key_blocks, capacity, tiles, end,
+        keys, values, key_full, key_free, value_full, value_free, query_full, query_free, turn,
+        repaired, out, lse, key_counts, part_entries, part_counts, query_lengths, scale,
+        out_stride_b, out_stride_s, out_stride_h, counts_stride_b, counts_stride_h,
+        parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
+        query_length, capacity, part_capacity, tiles, end,
     ) = shared  # fmt: skip
     TILE: gl.constexpr = CONSUMERS * ROWS
     PACK: gl.constexpr = KEYS // KEY_BLOCK if KEY_BLOCK < KEYS else 1
     SPLIT: gl.constexpr = KEY_BLOCK // KEYS if KEY_BLOCK > KEYS else 1
-    PART: gl.constexpr = KEY_BLOCK if KEY_BLOCK < KEYS else KEYS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     PER_SCORE: gl.constexpr = gl.SliceLayout(1, SCORES)
     PER_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     dtype: gl.constexpr = keys.dtype
-    full_blocks = key_length // KEY_BLOCK
     step = 0
     turns = 0
     repairs = 0
     served = 0
-    count, clean = _list_of(
-        gl.program_id(0), key_counts, clean_counts, query_lengths, counts_stride_b,
+    count, parts = _list_of(
+        gl.program_id(0), key_counts, part_counts, query_lengths, counts_stride_b,
         counts_stride_h, query_lengths_stride_b, query_lengths_stride_h, tiles, heads, capacity,
-        end, QUERY_BLOCK, TILE, PARTITIONED, QUERY_LENGTHS,
+        end, QUERY_BLOCK, TILE, PARTS, QUERY_LENGTHS,
     )  # fmt: skip
     for t in range(gl.program_id(0), end, gl.num_programs(0)):
         batch, head, block, tile = _place(t, tiles, heads, QUERY_BLOCK // TILE)
-        entries = (
-            key_indices
-            + batch.to(gl.int64) * indices_stride_b
-            + head.to(gl.int64) * indices_stride_h
-            + block.to(gl.int64) * capacity
-        )
-        lengths = key_lengths
-        if PARTITIONED:
-            lengths = (
-                key_lengths
-                + batch.to(gl.int64) * key_lengths_stride_b
-                + head.to(gl.int64) * key_lengths_stride_h
-            )
-        short = count * 0
-        last = short
-        if RAGGED:
-            if count > 0:
-                last = gl.load(entries + count - 1)
-                short = (last >= full_blocks).to(gl.int32)
         # Asked for now, needed when this item is done.
-        next_count, next_clean = _list_of(
-            t + gl.num_programs(0), key_counts, clean_counts, query_lengths, counts_stride_b,
+        next_count, next_parts = _list_of(
+            t + gl.num_programs(0), key_counts, part_counts, query_lengths, counts_stride_b,
             counts_stride_h, query_lengths_stride_b, query_lengths_stride_h, tiles, heads,
-            capacity, end, QUERY_BLOCK, TILE, PARTITIONED, QUERY_LENGTHS,
+            capacity, end, QUERY_BLOCK, TILE, PARTS, QUERY_LENGTHS,
         )  # fmt: skip
-        number, masked, absent = _tiles_of(count, clean, short, PACK, SPLIT, PARTITIONED)
+        of_parts, of_blocks, absent = _tiles_of(count, parts, KEYS, PACK, SPLIT)
         maximum = gl.full([ROWS], -float("inf"), gl.float32, PER_SCORE)
         total = gl.full([ROWS], 0.0, gl.float32, PER_SCORE)
         accumulator = gl.full([ROWS, BLOCK_D], 0.0, gl.float32, OUT)
-        if number > 0:
+        if of_parts + of_blocks > 0:
             query_phase = served & 1
             mbarrier.wait(query_full, query_phase)
-            before = masked * 0
-            if PARTITIONED or (RAGGED and SPLIT > 1):
-                # Every masked tile but the last, one thing after another.
-                before = gl.maximum(masked - 1, 0)
+            # The first full tile lacks its first block where their number is odd.
+            present = gl.where(absent > 0, 0, PART)
+            lengths = (present, present, present * 0 + PART, present * 0 + PART)
+            before = count * 0
+            if PARTS:
+                # Tiles of parts, one thing after another; the last of them opens the pipeline,
+                # unless a full tile that needs a mask has to.
+                entries = (
+                    part_entries
+                    + batch.to(gl.int64) * parts_stride_b
+                    + head.to(gl.int64) * parts_stride_h
+                    + block.to(gl.int64) * part_capacity
+                )
+                before = gl.where(absent > 0, of_parts, gl.maximum(of_parts - 1, 0))
                 zero = gl.full([ROWS, KEYS], 0.0, gl.float32, SCORES)
-                for number_of_tile in range(before):
-                    walk = number_of_tile * PACK // SPLIT - absent
-                    offset = (number_of_tile % SPLIT) * KEYS
-                    first_length = _length_of(
-                        walk, count, entries, lengths, key_length, num_key_blocks, KEY_BLOCK,
-                        PARTITIONED,
-                    ) - offset  # fmt: skip
-                    second_length = first_length * 0
-                    if PACK > 1:
-                        second_length = _length_of(
-                            walk + 1, count, entries, lengths, key_length, num_key_blocks,
-                            KEY_BLOCK, PARTITIONED,
-                        )  # fmt: skip
+                column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
+                for number in range(before):
+                    held = _part_lengths(entries, parts, number, KEYS)
                     buffer = step % BUFFERS
                     phase = (step // BUFFERS) & 1
                     mbarrier.wait(key_full.index(buffer), phase)
@@ -378,15 +354,15 @@ def _uniform_consumer(
                     )  # fmt: skip
                     scores = warpgroup_mma_wait(0, deps=[scores])
                     mbarrier.arrive(key_free.index(buffer), count=1)
-                    scores = _mask(scores, first_length, second_length, KEYS, PART)
+                    scores = gl.where(_is_token(column, held)[None, :], scores, -float("inf"))
                     weights, maximum, total, decay = _weigh(scores, maximum, total, scale, True)
                     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
                     accumulator = accumulator * gl.convert_layout(decay, PER_ROW)[:, None]
                     mbarrier.wait(value_full.index(buffer), phase)
-                    if PARTITIONED:
+                    if REPAIR:
                         _repair(
-                            values.index(buffer), first_length, second_length, repaired, repairs,
-                            WARPGROUP, CONSUMERS, KEYS, PART, BLOCK_D,
+                            values.index(buffer), held, repaired, repairs, WARPGROUP, CONSUMERS,
+                            KEYS, BLOCK_D,
                         )  # fmt: skip
                         repairs += 1
                     accumulator = warpgroup_mma(
@@ -395,31 +371,13 @@ def _uniform_consumer(
                     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
                     mbarrier.arrive(value_free.index(buffer), count=1)
                     step += 1
-            first_length = count * 0 + KEYS
-            second_length = count * 0 + KEYS
-            if PARTITIONED or (RAGGED and SPLIT > 1):
-                if masked > 0:
-                    walk = before * PACK // SPLIT - absent
-                    first_length = _length_of(
-                        walk, count, entries, lengths, key_length, num_key_blocks, KEY_BLOCK,
-                        PARTITIONED,
-                    ) - (before % SPLIT) * KEYS  # fmt: skip
-                    if PACK > 1:
-                        second_length = _length_of(
-                            walk + 1, count, entries, lengths, key_length, num_key_blocks,
-                            KEY_BLOCK, PARTITIONED,
-                        )  # fmt: skip
-            else:
-                tail = gl.where(short > 0, key_length - last * KEY_BLOCK, KEYS)
-                first_length = tail
-                if PACK > 1:  # the walk begins with the last entry, perhaps after an absent one
-                    first_length = gl.where(absent > 0, 0, tail)
-                    second_length = gl.where(absent > 0, tail, KEYS)
+                if before < of_parts:
+                    lengths = _part_lengths(entries, parts, before, KEYS)
             maximum, total, accumulator, step, turns, repairs = _absorb_tiles(
                 queries, keys, values, key_full, key_free, value_full, value_free, turn, repaired,
-                query_full, query_phase, number - before, masked > 0, first_length, second_length,
-                maximum, total, accumulator, step, turns, repairs, scale,
-                WARPGROUP, CONSUMERS, KEYS, PART, BLOCK_D, BUFFERS, False, PARTITIONED,
+                query_full, query_phase, of_parts + of_blocks - before, lengths,
+                before < of_parts, maximum, total, accumulator, step, turns, repairs, scale,
+                WARPGROUP, CONSUMERS, KEYS, BLOCK_D, BUFFERS, False, REPAIR,
             )  # fmt: skip
             mbarrier.arrive(query_free, count=1)
             served += 1
@@ -442,50 +400,44 @@ def _uniform_consumer(
             accumulator, total, maximum, rows, stored, valid, out_stride_s, D, BLOCK_D, STORE_LSE,
         )  # fmt: skip
         count = next_count
-        clean = next_clean
+        parts = next_parts
 
 
 @gluon.jit
 def _uniform_producer(
     shared, BLOCK_D: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
-    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTITIONED:
-    gl.constexpr, QUERY_LENGTHS: gl.constexpr,
+    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr,
+    QUERY_LENGTHS: gl.constexpr,
 ):  # fmt: skip
-    """Queries, and keys and values of the listed blocks from the list's end, through TMA.
+    """Queries, then keys and values: of parts, then of the full blocks from the list's end.
 
     Whatever a list says, TMA reads nothing outside of its tensor: it gives zeros.
     """
     (
-        query_descriptor, key_descriptor, value_descriptor, first_queries, second_queries,
-        keys, values, key_full, key_free, value_full, value_free, query_full, query_free,
-        key_indices, key_counts, clean_counts, query_lengths, indices_stride_b,
-        indices_stride_h, counts_stride_b, counts_stride_h, query_lengths_stride_b,
-        query_lengths_stride_h, heads, group, capacity, tiles, end,
+        query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, first_queries,
+        second_queries, keys, values, key_full, key_free, value_full, value_free, query_full,
+        query_free, key_indices, key_counts, part_entries, part_counts, query_lengths,
+        indices_stride_b, indices_stride_h, counts_stride_b, counts_stride_h,
+        parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
+        group, capacity, part_capacity, tiles, end,
     ) = shared  # fmt: skip
     TILE: gl.constexpr = CONSUMERS * ROWS
     PACK: gl.constexpr = KEYS // KEY_BLOCK if KEY_BLOCK < KEYS else 1
     SPLIT: gl.constexpr = KEY_BLOCK // KEYS if KEY_BLOCK > KEYS else 1
-    PART: gl.constexpr = KEY_BLOCK if KEY_BLOCK < KEYS else KEYS
+    BOX: gl.constexpr = KEY_BLOCK if KEY_BLOCK < KEYS else KEYS
     KEY_BYTES: gl.constexpr = KEYS * BLOCK_D * 2
     step = 0
     served = 0
     for t in range(gl.program_id(0), end, gl.num_programs(0)):
         batch, head, block, tile = _place(t, tiles, heads, QUERY_BLOCK // TILE)
         key_head = head // group
-        count, clean = _list_of(
-            t, key_counts, clean_counts, query_lengths, counts_stride_b, counts_stride_h,
+        count, parts = _list_of(
+            t, key_counts, part_counts, query_lengths, counts_stride_b, counts_stride_h,
             query_lengths_stride_b, query_lengths_stride_h, tiles, heads, capacity, end,
-            QUERY_BLOCK, TILE, PARTITIONED, QUERY_LENGTHS,
+            QUERY_BLOCK, TILE, PARTS, QUERY_LENGTHS,
         )  # fmt: skip
-        entries = (
-            key_indices
-            + batch.to(gl.int64) * indices_stride_b
-            + head.to(gl.int64) * indices_stride_h
-            + block.to(gl.int64) * capacity
-        )
-        number, _, absent = _tiles_of(count, clean, count * 0, PACK, SPLIT, PARTITIONED)
-        if number > 0:
-            following = gl.load(entries + count - 1)
+        of_parts, of_blocks, absent = _tiles_of(count, parts, KEYS, PACK, SPLIT)
+        if of_parts + of_blocks > 0:
             first_row = block * QUERY_BLOCK + tile * TILE
             mbarrier.wait(query_free, (served & 1) ^ 1)
             mbarrier.expect(query_full, CONSUMERS * ROWS * BLOCK_D * 2)
@@ -498,38 +450,75 @@ def _uniform_producer(
                     second_queries,
                 )  # fmt: skip
             served += 1
-            for number_of_tile in range(number):
+        if PARTS:
+            part_list = (
+                part_entries
+                + batch.to(gl.int64) * parts_stride_b
+                + head.to(gl.int64) * parts_stride_h
+                + block.to(gl.int64) * part_capacity
+            )
+            for number in range(of_parts):
                 buffer = step % BUFFERS
                 phase = ((step // BUFFERS) & 1) ^ 1
-                row = following * KEY_BLOCK + (number_of_tile % SPLIT) * KEYS
+                mbarrier.wait(key_free.index(buffer), phase)
+                mbarrier.expect(key_full.index(buffer), KEY_BYTES)
+                for place in gl.static_range(KEYS // PART):
+                    entry = gl.minimum(number * (KEYS // PART) + place, parts - 1)
+                    row = (gl.load(part_list + entry) >> LENGTH_BITS) * PART
+                    tma.async_copy_global_to_shared(
+                        key_parts, [batch, key_head, row, 0], key_full.index(buffer),
+                        keys.index(buffer).slice(place * PART, PART),
+                    )  # fmt: skip
+                mbarrier.wait(value_free.index(buffer), phase)
+                mbarrier.expect(value_full.index(buffer), KEY_BYTES)
+                for place in gl.static_range(KEYS // PART):
+                    entry = gl.minimum(number * (KEYS // PART) + place, parts - 1)
+                    row = (gl.load(part_list + entry) >> LENGTH_BITS) * PART
+                    tma.async_copy_global_to_shared(
+                        value_parts, [batch, key_head, row, 0], value_full.index(buffer),
+                        values.index(buffer).slice(place * PART, PART),
+                    )  # fmt: skip
+                step += 1
+        if of_blocks > 0:
+            entries = (
+                key_indices
+                + batch.to(gl.int64) * indices_stride_b
+                + head.to(gl.int64) * indices_stride_h
+                + block.to(gl.int64) * capacity
+            )
+            following = gl.load(entries + count - 1)
+            for number in range(of_blocks):
+                buffer = step % BUFFERS
+                phase = ((step // BUFFERS) & 1) ^ 1
+                row = following * KEY_BLOCK + (number % SPLIT) * KEYS
                 second_row = row
                 if PACK > 1:
                     # The second entry of the tile; where the first is absent, the same again.
-                    walk = number_of_tile * PACK + 1 - absent
+                    walk = number * PACK + 1 - absent
                     second_row = gl.load(entries + gl.maximum(count - 1 - walk, 0)) * KEY_BLOCK
-                walk = (number_of_tile + 1) * PACK // SPLIT - absent
+                walk = (number + 1) * PACK // SPLIT - absent
                 following = gl.load(entries + gl.maximum(count - 1 - walk, 0))
                 mbarrier.wait(key_free.index(buffer), phase)
                 mbarrier.expect(key_full.index(buffer), KEY_BYTES)
                 tma.async_copy_global_to_shared(
                     key_descriptor, [batch, key_head, row, 0], key_full.index(buffer),
-                    keys.index(buffer).slice(0, PART),
+                    keys.index(buffer).slice(0, BOX),
                 )  # fmt: skip
                 if PACK > 1:
                     tma.async_copy_global_to_shared(
                         key_descriptor, [batch, key_head, second_row, 0],
-                        key_full.index(buffer), keys.index(buffer).slice(PART, PART),
+                        key_full.index(buffer), keys.index(buffer).slice(BOX, BOX),
                     )  # fmt: skip
                 mbarrier.wait(value_free.index(buffer), phase)
                 mbarrier.expect(value_full.index(buffer), KEY_BYTES)
                 tma.async_copy_global_to_shared(
                     value_descriptor, [batch, key_head, row, 0], value_full.index(buffer),
-                    values.index(buffer).slice(0, PART),
+                    values.index(buffer).slice(0, BOX),
                 )  # fmt: skip
                 if PACK > 1:
                     tma.async_copy_global_to_shared(
                         value_descriptor, [batch, key_head, second_row, 0],
-                        value_full.index(buffer), values.index(buffer).slice(PART, PART),
+                        value_full.index(buffer), values.index(buffer).slice(BOX, BOX),
                     )  # fmt: skip
                 step += 1
 
@@ -564,21 +553,23 @@ def _barriers(BUFFERS: gl.constexpr, CONSUMERS: gl.constexpr, ARRIVALS: gl.const
 
 @gluon.jit(do_not_specialize=PLAN_NUMBERS)
 def uniform_attention(
-    query_descriptor, key_descriptor, value_descriptor, out, lse, key_indices, key_counts,
-    clean_counts, key_lengths, query_lengths, scale,
+    query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, out, lse,
+    key_indices, key_counts, part_entries, part_counts, query_lengths, scale,
     out_stride_b, out_stride_s, out_stride_h,
     indices_stride_b, indices_stride_h, counts_stride_b, counts_stride_h,
-    key_lengths_stride_b, key_lengths_stride_h, query_lengths_stride_b, query_lengths_stride_h,
-    heads, group, query_length, key_length, num_key_blocks, capacity, tiles, end,
+    parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h,
+    heads, group, query_length, capacity, part_capacity, tiles, end,
     D: gl.constexpr, BLOCK_D: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
-    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr,
-    PARTITIONED: gl.constexpr, RAGGED: gl.constexpr, QUERY_LENGTHS: gl.constexpr,
-    STORE_LSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr,
+    REPAIR: gl.constexpr, QUERY_LENGTHS: gl.constexpr, STORE_LSE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Work items 0 to ``end - 1`` of ``tiles`` per head: tiles of queries against their lists.
 
-    Descriptors see ``[B, H, S, D]`` in boxes of 64 queries and of min(KEYS, KEY_BLOCK) keys.
+    Descriptors see ``[B, H, S, D]`` in boxes of 64 queries, of min(KEYS, KEY_BLOCK) keys and, for
+    parts, of 32. ``PARTS``: lists come from ``list_parts``: full blocks, and parts of others
+    (contiguous ``[B, H, Mq, part_capacity]``); without it every block is full. ``REPAIR``: what is
+    no token may hold NaN.
     """
     dtype: gl.constexpr = key_descriptor.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
@@ -593,33 +584,33 @@ def uniform_attention(
     ) = _barriers(BUFFERS, CONSUMERS, 1)  # fmt: skip
     consumer = (
         keys, values, key_full, key_free, value_full, value_free, query_full, query_free, turn,
-        repaired, out, lse, key_indices, key_counts, clean_counts, key_lengths, query_lengths,
-        scale, out_stride_b, out_stride_s, out_stride_h, indices_stride_b, indices_stride_h,
-        counts_stride_b, counts_stride_h, key_lengths_stride_b, key_lengths_stride_h,
-        query_lengths_stride_b, query_lengths_stride_h, heads, query_length, key_length,
-        num_key_blocks, capacity, tiles, end,
+        repaired, out, lse, key_counts, part_entries, part_counts, query_lengths, scale,
+        out_stride_b, out_stride_s, out_stride_h, counts_stride_b, counts_stride_h,
+        parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
+        query_length, capacity, part_capacity, tiles, end,
     )  # fmt: skip
     producer = (
-        query_descriptor, key_descriptor, value_descriptor, first_queries, second_queries, keys,
-        values, key_full, key_free, value_full, value_free, query_full, query_free, key_indices,
-        key_counts, clean_counts, query_lengths, indices_stride_b, indices_stride_h,
-        counts_stride_b, counts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
-        group, capacity, tiles, end,
+        query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, first_queries,
+        second_queries, keys, values, key_full, key_free, value_full, value_free, query_full,
+        query_free, key_indices, key_counts, part_entries, part_counts, query_lengths,
+        indices_stride_b, indices_stride_h, counts_stride_b, counts_stride_h,
+        parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
+        group, capacity, part_capacity, tiles, end,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_uniform_consumer, (
                     first_queries, consumer, 0, D, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS,
-                    KEYS, BUFFERS, PARTITIONED, RAGGED, QUERY_LENGTHS, STORE_LSE,
+                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, STORE_LSE,
                 )),
                 (_uniform_consumer, (
                     second_queries, consumer, 1, D, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS,
-                    KEYS, BUFFERS, PARTITIONED, RAGGED, QUERY_LENGTHS, STORE_LSE,
+                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, STORE_LSE,
                 )),
                 (_uniform_producer, (
-                    producer, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS, KEYS, BUFFERS,
-                    PARTITIONED, QUERY_LENGTHS,
+                    producer, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS, KEYS, BUFFERS, PARTS,
+                    QUERY_LENGTHS,
                 )),
             ],
             [4, 1],
@@ -630,11 +621,11 @@ def uniform_attention(
             [
                 (_uniform_consumer, (
                     first_queries, consumer, 0, D, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS,
-                    KEYS, BUFFERS, PARTITIONED, RAGGED, QUERY_LENGTHS, STORE_LSE,
+                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, STORE_LSE,
                 )),
                 (_uniform_producer, (
-                    producer, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS, KEYS, BUFFERS,
-                    PARTITIONED, QUERY_LENGTHS,
+                    producer, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS, KEYS, BUFFERS, PARTS,
+                    QUERY_LENGTHS,
                 )),
             ],
             [1],
@@ -715,12 +706,17 @@ def _gathered_consumer(
         if length > 0:
             tiles = (length + KEYS - 1) // KEYS
             partial = length - (tiles - 1) * KEYS
+            lengths = (
+                gl.minimum(partial, PART), gl.minimum(gl.maximum(partial - PART, 0), PART),
+                gl.minimum(gl.maximum(partial - 2 * PART, 0), PART),
+                gl.minimum(gl.maximum(partial - 3 * PART, 0), PART),
+            )  # fmt: skip
             mbarrier.wait(query_full, 0)
             maximum, total, accumulator, step, turns, repairs = _absorb_tiles(
                 queries, keys, values, key_full, key_free, value_full, value_free, turn, repaired,
-                query_full, 0, tiles, partial < KEYS, partial, partial,
+                query_full, 0, tiles, lengths, partial < KEYS,
                 maximum, total, accumulator, step, turns, repairs, scale,
-                WARPGROUP, CONSUMERS, KEYS, KEYS, BLOCK_D, BUFFERS, True, False,
+                WARPGROUP, CONSUMERS, KEYS, BLOCK_D, BUFFERS, True, False,
             )  # fmt: skip
         rows, valid = _query_rows(
             first, number, within, query_permutation, instance, plan_heads, query_length,

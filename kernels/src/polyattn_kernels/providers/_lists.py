@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from polyattn_kernels.plan import BlockSparsePlan
 
 __all__ = [
+    "LENGTH_BITS",
+    "PART",
     "TOKEN_LIST_BYTES",
+    "Parts",
     "TokenLists",
     "Turn",
     "is_tiled",
     "leading_strides",
+    "list_parts",
     "lse_shape",
     "on_device",
     "partition",
@@ -74,6 +79,71 @@ def partition(
             num_warps=1,
         )
     return partitioned, all_counts, clean_counts
+
+
+PART = 32  # keys of a part of a block
+LENGTH_BITS = 6  # of an entry in a list of parts: its tokens; above them, its number
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Lists of a plan's full blocks, and of the parts of its other blocks that hold tokens.
+
+    Int32, with the plan's own batch items and heads: full blocks ``[b, h, Mq, capacity]``, parts
+    ``[b, h, Mq, capacity * key_block / PART]``, and how many there are of each ``[b, h, Mq]``.
+    """
+
+    full_indices: torch.Tensor
+    full_counts: torch.Tensor
+    entries: torch.Tensor
+    counts: torch.Tensor
+
+
+def list_parts(plan: BlockSparsePlan) -> Parts:
+    """What a kernel reads that masks nothing but tiles of parts; key blocks are multiples of 32."""
+    from polyattn_kernels.providers import _triton_kernels as kernels
+
+    lists = [plan.key_indices, plan.key_counts]
+    lists += [] if plan.key_lengths is None else [plan.key_lengths]
+    batch, heads = (max(each.shape[dim] for each in lists) for dim in (0, 1))
+    rows = plan.num_query_blocks
+    indices = plan.key_indices.expand(batch, heads, -1, -1)
+    counts = plan.key_counts.expand(batch, heads, -1)
+    # Without lengths the kernel is given any tensor: it compiles to code that does not read it.
+    lengths = counts if plan.key_lengths is None else plan.key_lengths.expand(batch, heads, -1)
+    assert plan.key_block is not None
+    make: dict[str, Any] = {"dtype": torch.int32, "device": plan.device}
+    found = Parts(
+        full_indices=torch.empty(indices.shape, **make),
+        full_counts=torch.empty(counts.shape, **make),
+        entries=torch.empty((*counts.shape, plan.capacity * (plan.key_block // PART)), **make),
+        counts=torch.empty(counts.shape, **make),
+    )
+    with on_device(indices):
+        kernels.list_parts[(batch * heads * rows,)](
+            indices,
+            counts,
+            lengths,
+            found.full_indices,
+            found.full_counts,
+            found.entries,
+            found.counts,
+            *indices.stride()[:2],
+            *counts.stride()[:2],
+            *lengths.stride()[:2],
+            heads,
+            plan.key_length,
+            rows,
+            plan.num_key_blocks,
+            plan.capacity,
+            KEY_BLOCK=plan.key_block,
+            PART=PART,
+            LENGTH_BITS=LENGTH_BITS,
+            LENGTHS=plan.key_lengths is not None,
+            CHUNK=_list_chunk(plan.capacity),
+            num_warps=1,
+        )
+    return found
 
 
 # --- tokens -----------------------------------------------------------------------------------

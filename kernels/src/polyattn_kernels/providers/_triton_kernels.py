@@ -23,6 +23,7 @@ import triton.language as tl
 
 __all__ = [
     "gathered_attention",
+    "list_parts",
     "list_tokens",
     "partition_lists",
     "sum_runs",
@@ -453,6 +454,82 @@ def partition_lists(
         next_full += tl.sum(full, 0)
         next_padded += tl.sum(padded, 0)
     tl.store(all_counts + pid, next_padded)
+
+
+@triton.jit(do_not_specialize=PLAN_NUMBERS)  # type: ignore[untyped-decorator]
+def list_parts(
+    key_indices,
+    key_counts,
+    key_lengths,
+    full_indices,
+    full_counts,
+    part_entries,
+    part_counts,
+    indices_stride_b,
+    indices_stride_h,
+    counts_stride_b,
+    counts_stride_h,
+    lengths_stride_b,
+    lengths_stride_h,
+    plan_heads,
+    key_length,
+    num_query_blocks,
+    num_key_blocks,
+    capacity,
+    KEY_BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    LENGTH_BITS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Each list as its full key blocks, ascending, and the parts of others that hold tokens.
+
+    A part is PART keys of a block. Its entry holds its number among all parts of the sequence,
+    above LENGTH_BITS bits for its tokens. Writes contiguous lists ``[..., Mq, capacity]`` and
+    ``[..., Mq, capacity * KEY_BLOCK / PART]``, and their counts; nothing in them is out of range.
+    """
+    PARTS: tl.constexpr = KEY_BLOCK // PART
+    pid = tl.program_id(0)
+    instance = pid // num_query_blocks
+    block = pid % num_query_blocks
+    batch = (instance // plan_heads).to(tl.int64)
+    head = (instance % plan_heads).to(tl.int64)
+    count = tl.load(key_counts + batch * counts_stride_b + head * counts_stride_h + block)
+    count = tl.minimum(tl.maximum(count, 0), capacity)
+    source = (
+        key_indices
+        + batch * indices_stride_b
+        + head * indices_stride_h
+        + block.to(tl.int64) * capacity
+    )
+    target = full_indices + pid.to(tl.int64) * capacity
+    part_target = part_entries + pid.to(tl.int64) * capacity * PARTS
+    next_full = 0
+    next_part = 0
+    for first in range(0, count, CHUNK):
+        entry = first + tl.arange(0, CHUNK)
+        listed = entry < count
+        key_block = _clamp(tl.load(source + entry, mask=listed, other=0), num_key_blocks)
+        length = tl.minimum(KEY_BLOCK, key_length - key_block * KEY_BLOCK)
+        if LENGTHS:
+            told = tl.load(
+                key_lengths + batch * lengths_stride_b + head * lengths_stride_h + key_block
+            )
+            length = tl.minimum(length, told)
+        full = (listed & (length == KEY_BLOCK)).to(tl.int32)
+        place = next_full + tl.cumsum(full, 0) - 1
+        tl.store(target + place, key_block, mask=full == 1)
+        next_full += tl.sum(full, 0)
+        # A length may be wrong, and below zero.
+        parts = tl.where(listed & (full == 0), (tl.maximum(length, 0) + PART - 1) // PART, 0)
+        place = next_part + tl.cumsum(parts, 0) - parts
+        for number in tl.static_range(PARTS):
+            tokens = tl.minimum(length - number * PART, PART)
+            packed = ((key_block * PARTS + number) << LENGTH_BITS) + tokens
+            tl.store(part_target + place + number, packed, mask=number < parts)
+        next_part += tl.sum(parts, 0)
+    tl.store(full_counts + pid, next_full)
+    tl.store(part_counts + pid, next_part)
 
 
 @triton.jit(do_not_specialize=PLAN_NUMBERS)  # type: ignore[untyped-decorator]

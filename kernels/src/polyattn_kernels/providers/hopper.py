@@ -29,13 +29,14 @@ from polyattn_kernels._triton_support import (
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import reference
 from polyattn_kernels.providers._lists import (
+    PART,
     TOKEN_LIST_BYTES,
     TokenLists,
     is_tiled,
     leading_strides,
+    list_parts,
     lse_shape,
     on_device,
-    partition,
 )
 
 __all__ = [
@@ -188,44 +189,48 @@ def attend_uniform(
     layout = gl.NVMMASharedLayout.get_default_for([config.keys, width], _element(q.dtype))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
-    indices, counts, clean_counts = plan.key_indices, plan.key_counts, None
-    if plan.key_lengths is not None:
-        indices, counts, clean_counts = partition(plan, plan.key_lengths)
-        clean_counts = clean_counts.expand(batch, heads, -1)
-    key_lengths, query_lengths = (
-        None if lengths is None else lengths.expand(batch, heads, -1)
-        for lengths in (plan.key_lengths, plan.query_lengths)
-    )
+    indices, counts, parts = plan.key_indices, plan.key_counts, None
+    if plan.key_lengths is not None or plan.key_length % plan.key_block:
+        parts = list_parts(plan)
+        indices, counts = parts.full_indices, parts.full_counts
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
+    # What a kernel is not compiled to read may be any tensor.
+    entries = indices if parts is None else parts.entries.expand(batch, heads, -1, -1)
+    part_counts = counts if parts is None else parts.counts.expand(batch, heads, -1)
+    query_lengths = counts
+    if plan.query_lengths is not None:
+        query_lengths = plan.query_lengths.expand(batch, heads, -1)
     tiles = plan.num_query_blocks * (plan.query_block // rows)
     end = batch * heads * tiles
-    part = min(config.keys, plan.key_block)
+    box = min(config.keys, plan.key_block)
+    whole = [_descriptor(each, box, width, layout) for each in (k, v)]
+    of_parts = whole
+    if parts is not None:
+        of_parts = [_descriptor(each, PART, width, layout) for each in (k, v)]
     with on_device(q):
         kernels.uniform_attention[(min(end, config.programs * _multiprocessors(q.device)),)](
             _descriptor(q, WARPGROUP_ROWS, width, layout),
-            _descriptor(k, part, width, layout),
-            _descriptor(v, part, width, layout),
+            *whole,
+            *of_parts,
             out,
             lse,
             indices,
             counts,
-            # What a kernel is not compiled to read may be any tensor.
-            counts if clean_counts is None else clean_counts,
-            counts if key_lengths is None else key_lengths,
-            counts if query_lengths is None else query_lengths,
+            entries,
+            part_counts,
+            query_lengths,
             scale * math.log2(math.e),
             *out.stride()[:3],
             *indices.stride()[:2],
             *counts.stride()[:2],
-            *leading_strides(key_lengths),
-            *leading_strides(query_lengths),
+            *entries.stride()[:2],
+            *query_lengths.stride()[:2],
             heads,
             heads // k.shape[2],
             query_length,
-            plan.key_length,
-            plan.num_key_blocks,
             plan.capacity,
+            entries.shape[-1],
             tiles,
             end,
             D=head_dim,
@@ -235,9 +240,10 @@ def attend_uniform(
             CONSUMERS=config.consumers,
             KEYS=config.keys,
             BUFFERS=config.buffers,
-            PARTITIONED=key_lengths is not None,
-            RAGGED=key_lengths is None and plan.key_length % plan.key_block != 0,
-            QUERY_LENGTHS=query_lengths is not None,
+            PARTS=parts is not None,
+            # Past the end of a sequence, TMA reads zeros.
+            REPAIR=plan.key_lengths is not None,
+            QUERY_LENGTHS=plan.query_lengths is not None,
             STORE_LSE=return_lse,
             **_launch(config),
         )
