@@ -80,14 +80,15 @@ def cases(quick: bool) -> list[Case]:
             Case(118_806, 8, 128, 0.125, (128, 128)),
             Case(75_600, 8, 64, 0.125, (128, 128)),
         ]
+    # What tells most comes first: every length and block size at one density, then each of the
+    # other head numbers and dimensions, then the other densities.
     found = []
-    for heads in (8, 24):
-        for head_dim in (128, 64):
-            for variation in (0.5, 1.0):
-                found.append(Case(75_600, heads, head_dim, 0.25, None, variation))
+    for heads, head_dim in ((8, 128), (24, 128), (8, 64), (24, 64)):
+        found += [Case(75_600, heads, head_dim, 0.25, None, cv) for cv in (0.5, 1.0)]
+    for density in DENSITIES:
+        for heads, head_dim in ((8, 128), (24, 128), (8, 64), (24, 64)):
             for length in LENGTHS:
-                for density in DENSITIES:
-                    found += [Case(length, heads, head_dim, density, pair) for pair in BLOCKS]
+                found += [Case(length, heads, head_dim, density, pair) for pair in BLOCKS]
     return found
 
 
