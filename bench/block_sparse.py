@@ -441,20 +441,20 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def plot(data: list[dict[str, Any]], path: Path) -> str:
-    """TF/s over density, a line per provider and block size, for H=8 and D=128; and what it did."""
+    """TF/s over density at S=75,600, H=8 and D=128, a line per provider and block size; in words."""
     try:
         from matplotlib import pyplot
     except ImportError:
         return "No plot: matplotlib is not installed."
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in data:
-        match = re.match(r"(S=\d+) H=8 D=128 (\d+x\d+) ", result["case"])
+        match = re.match(r"S=75600 H=8 D=128 (\d+x\d+) ", result["case"])
         for name, value in result.get("tflops", {}).items():
             if match and ":" not in name:
-                label = f"{name} {match[2]} {match[1]}"
+                label = f"{match[1]} {name}"
                 lines.setdefault(label, []).append((result["density"], value))
     if not lines:
-        return "No plot: no case of uniform blocks with H=8 and D=128 was measured."
+        return "No plot: no case of uniform blocks with S=75,600, H=8 and D=128 was measured."
     figure, axes = pyplot.subplots(figsize=(11, 7))
     for label, points in sorted(lines.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
@@ -511,7 +511,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
             longest = max(longest, time.monotonic() - started)
     command = " ".join(["python bench/block_sparse.py", *sys.argv[1:]])
-    write(arguments.output, data, command)
+    name = "block_sparse_targets" if arguments.quick else "block_sparse"
+    write(arguments.output, name, data, command)
 
 
 def join(files: list[Path], output: Path) -> None:
@@ -523,11 +524,15 @@ def join(files: list[Path], output: Path) -> None:
     where = loaded[0]["machine"]
     if any(each["machine"] != where for each in loaded):
         raise SystemExit("the parts were not measured on one kind of machine at one commit")
-    write(output, data, " and ".join(each["command"] for each in loaded), where)
+    write(output, "block_sparse", data, " and ".join(each["command"] for each in loaded), where)
 
 
 def write(
-    output: Path, data: list[dict[str, Any]], command: str, where: dict[str, Any] | None = None
+    output: Path,
+    name: str,
+    data: list[dict[str, Any]],
+    command: str,
+    where: dict[str, Any] | None = None,
 ) -> None:
     note = (
         "bf16, B=1, random ascending lists. TF/s count selected pairs only. Speed-up: over the "
@@ -535,10 +540,11 @@ def write(
         f"{SAMPLED_BLOCKS} blocks of queries. Peak: memory of one call above its inputs, the "
         "output included. plan ms: the lists from a boolean map of blocks.\n\n"
     )
-    note += plot(data, output / "block_sparse.png") + "\n\n"
+    if name == "block_sparse":
+        note += plot(data, output / f"{name}.png") + "\n\n"
     note += "## Fastest provider\n\n" + winners(data) + "\n\n## All\n\n"
     body = table(HEADINGS, [row for result in data for row in rows(result)])
-    save(output, "block_sparse", "Block-sparse attention", command, note + body, data, where)
+    save(output, name, "Block-sparse attention", command, note + body, data, where)
 
 
 def winners(data: list[dict[str, Any]]) -> str:

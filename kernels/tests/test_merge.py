@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyattn_kernels import AttentionInputError, merge_attention_states
+from polyattn_kernels._triton_support import triton_reasons
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -106,3 +109,30 @@ def test_parts_that_do_not_fit_are_refused(change: object, said: str) -> None:
     part = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
     with pytest.raises(AttentionInputError, match=said):
         merge_attention_states(*change(part, part))  # type: ignore[operator]
+
+
+@pytest.mark.skipif(bool(triton_reasons(torch.zeros(1, device=DEVICE))), reason="no Triton here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 70, 3, 20), (1, 130, 2, 128)])
+def test_triton_merges_as_torch_does(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batch, tokens, heads, _ = shape
+    parts = []
+    for side in range(2):
+        out = torch.randn(shape, generator=generator)
+        lse = torch.randn(batch, heads, tokens, generator=generator) * 30
+        lse[..., side::3] = -math.inf
+        lse[..., 2::5] = -math.inf
+        out[lse.transpose(1, 2).isneginf()] = math.nan
+        parts += [out.to(DEVICE, dtype), lse.to(DEVICE)]
+    parts[2] = torch.stack((parts[2], parts[2]), -1)[..., 0]  # a last dimension with a stride
+    found, found_lse = merge_attention_states(*parts, provider="triton")
+    wanted, wanted_lse = merge_attention_states(*parts, provider="torch")
+    assert found.dtype is dtype
+    assert torch.allclose(found, wanted, atol=2e-3 if dtype is torch.float16 else 1e-6)
+    assert torch.allclose(found_lse, wanted_lse, atol=1e-5)
+    assert torch.equal(found_lse.isneginf(), wanted_lse.isneginf())
+    parts[1][0, 0, 0] = math.nan
+    found, found_lse = merge_attention_states(*parts, provider="triton")
+    assert found_lse[0, 0, 0].isnan()
+    assert found[0, 0, 0].isnan().all()

@@ -111,6 +111,98 @@ def move_rows(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _merge_states_kernel(
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    out,
+    lse,
+    a_stride_b,
+    a_stride_s,
+    a_stride_h,
+    b_stride_b,
+    b_stride_s,
+    b_stride_h,
+    heads,
+    tokens,
+    width,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Rows of two states weighed by their shares; out and all lse are contiguous."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(tokens, BLOCK_ROWS)
+    batch_head = (pid // blocks).to(tl.int64)
+    batch = batch_head // heads
+    head = batch_head % heads
+    token = (pid % blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = token < tokens
+    place = batch_head * tokens + token
+    first = tl.load(lse_a + place, mask=inside, other=0.0)
+    second = tl.load(lse_b + place, mask=inside, other=0.0)
+    # A NaN in either must come out; the maximum of a number and a NaN may be the number.
+    top = tl.where(second != second, second, tl.maximum(first, second))
+    top = tl.where(first != first, first, top)
+    origin = tl.where(top == -float("inf"), 0.0, top)
+    weight_a = tl.exp(first - origin)
+    weight_b = tl.exp(second - origin)
+    total = weight_a + weight_b
+    tl.store(lse + place, origin + tl.log(total), mask=inside)
+    total = tl.where(total == 0, 1.0, total)
+    share_a = weight_a / total
+    share_b = weight_b / total
+    column = tl.arange(0, BLOCK_WIDTH)
+    wanted = inside[:, None] & (column < width)[None, :]
+    row = token.to(tl.int64)[:, None]
+    # A part of no weight is not read: it may hold NaN.
+    part_a = tl.load(
+        out_a + batch * a_stride_b + head * a_stride_h + row * a_stride_s + column[None, :],
+        mask=wanted & (share_a != 0)[:, None],
+        other=0.0,
+    )
+    part_b = tl.load(
+        out_b + batch * b_stride_b + head * b_stride_h + row * b_stride_s + column[None, :],
+        mask=wanted & (share_b != 0)[:, None],
+        other=0.0,
+    )
+    merged = part_a.to(tl.float32) * share_a[:, None] + part_b.to(tl.float32) * share_b[:, None]
+    target = out + ((batch * tokens + row) * heads + head) * width + column[None, :]
+    tl.store(target, merged.to(out.dtype.element_ty), mask=wanted)
+
+
+def merge_states(
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Write the state of both parts; ``[B, S, H, D]`` with last stride 1, lse ``[B, H, S]``."""
+    batch, tokens, heads, width = out.shape
+    if not out.numel():
+        return
+    block_width = triton.next_power_of_2(width)
+    block_rows = max(1, 4096 // block_width)
+    _merge_states_kernel[(triton.cdiv(tokens, block_rows) * batch * heads,)](
+        out_a,
+        lse_a,
+        out_b,
+        lse_b,
+        out,
+        lse,
+        *out_a.stride()[:3],
+        *out_b.stride()[:3],
+        heads,
+        tokens,
+        width,
+        BLOCK_ROWS=block_rows,
+        BLOCK_WIDTH=block_width,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _average_blocks_kernel(
     x,
     means,

@@ -10,13 +10,19 @@ import math
 
 import torch
 
+from polyattn_kernels._triton_support import choose_provider
 from polyattn_kernels.errors import AttentionInputError
 
 __all__ = ["merge_attention_states"]
 
 
 def merge_attention_states(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    provider: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the keys of both parts, which must not share any.
 
@@ -25,6 +31,8 @@ def merge_attention_states(
         lse_a: ``[B, H, S]`` float32, natural logarithm; -inf where the part has no key for a query.
         out_b: as ``out_a``, of the same shape and dtype.
         lse_b: as ``lse_a``.
+        provider: ``"auto"``, ``"torch"``, which is differentiable, or ``"triton"``, which is one
+            pass over memory.
 
     Returns:
         ``out`` in the dtype of the parts (weighed in float32, or float64 for float64) and ``lse``
@@ -33,8 +41,18 @@ def merge_attention_states(
 
     Raises:
         AttentionInputError: for shapes, dtypes or devices that do not fit together.
+        ProviderError: where the named provider is unknown or cannot run.
     """
     _check(out_a, lse_a, out_b, lse_b)
+    if choose_provider(provider, out_a, lse_a, out_b, lse_b) == "triton":
+        from polyattn_kernels._token_kernels import merge_states
+
+        out = out_a.new_empty(out_a.shape)
+        lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device)
+        parts = (each if each.stride(-1) == 1 else each.contiguous() for each in (out_a, out_b))
+        part_a, part_b = parts
+        merge_states(part_a, lse_a.contiguous(), part_b, lse_b.contiguous(), out, lse)
+        return out, lse
     compute = torch.float64 if out_a.dtype is torch.float64 else torch.float32
     top = torch.maximum(lse_a, lse_b)
     origin = top.masked_fill(top == -math.inf, 0)
