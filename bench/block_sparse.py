@@ -80,16 +80,16 @@ def cases(quick: bool) -> list[Case]:
             Case(118_806, 8, 128, 0.125, (128, 128)),
             Case(75_600, 8, 64, 0.125, (128, 128)),
         ]
-    # What tells most comes first: every length and block size at one density, then each of the
-    # other head numbers and dimensions, then the other densities.
-    found = []
-    for heads, head_dim in ((8, 128), (24, 128), (8, 64), (24, 64)):
-        found += [Case(75_600, heads, head_dim, 0.25, None, cv) for cv in (0.5, 1.0)]
+    # What tells most comes first: variable blocks, one length at every density, then every length,
+    # head number and dimension at one density, then the rest.
+    shapes = ((8, 128), (24, 128), (8, 64), (24, 64))
+    found = [Case(75_600, *shape, 0.25, None, cv) for shape in shapes for cv in (0.5, 1.0)]
+    found += [Case(75_600, 8, 128, density, pair) for density in DENSITIES for pair in BLOCKS]
     for density in DENSITIES:
-        for heads, head_dim in ((8, 128), (24, 128), (8, 64), (24, 64)):
+        for shape in shapes:
             for length in LENGTHS:
-                found += [Case(length, heads, head_dim, density, pair) for pair in BLOCKS]
-    return found
+                found += [Case(length, *shape, density, pair) for pair in BLOCKS]
+    return list(dict.fromkeys(found))
 
 
 # --- plans ------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def plot(data: list[dict[str, Any]], path: Path) -> str:
-    """TF/s over density at S=75,600, H=8 and D=128, a line per provider and block size; in words."""
+    """TF/s over density at S=75,600, H=8, D=128: a line per provider and block size. In words."""
     try:
         from matplotlib import pyplot
     except ImportError:
