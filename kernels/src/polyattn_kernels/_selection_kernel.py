@@ -21,14 +21,21 @@ RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
 
 
 @triton.jit
-def _cut(key, mass, target):
-    """The highest integer t with the mass of all keys >= t at least target."""
-    cut = tl.where(tl.sum(tl.where(key >= 0, mass, 0)) >= target, 0, -2147483648).to(tl.int32)
+def _cut(key, mass, total, target):
+    """An integer t such that all keys >= t have a mass of at least target, and those > t less.
+
+    Or of exactly target: the search ends there, which it mostly does half-way. ``total`` is the
+    mass of all keys, at least target.
+    """
+    held = tl.sum(tl.where(key >= 0, mass, 0))
+    cut = tl.where(held >= target, 0, -2147483648).to(tl.int32)
+    held = tl.where(held >= target, held, total)
     step = tl.full([], 1 << 30, dtype=tl.int32)
-    for _ in range(31):
+    while (step != 0) & (held != target):
         candidate = cut + step
-        enough = tl.sum(tl.where(key >= candidate, mass, 0)) >= target
-        cut = tl.where(enough, candidate, cut)
+        above = tl.sum(tl.where(key >= candidate, mass, 0))
+        cut = tl.where(above >= target, candidate, cut)
+        held = tl.where(above >= target, above, held)
         step = step >> 1
     return cut
 
@@ -87,8 +94,9 @@ def _select_blocks_kernel(
         bounded = tl.minimum(logit, 3.4028234663852886e38)
         highest = tl.max(tl.where(selectable, bounded, -3.4028234663852886e38))
         mass = tl.exp(tl.where(selectable, bounded - highest, float("-inf")))
-        target = value * tl.sum(mass)
-        cut = _cut(key, mass, target)
+        total = tl.sum(mass)
+        target = value * total
+        cut = _cut(key, mass, total, target)
         above = tl.sum(tl.where(key > cut, mass, 0.0))
         tied = (key == cut) & selectable
         ties = tl.sum(tied.to(tl.int32))
@@ -101,7 +109,7 @@ def _select_blocks_kernel(
         # -inf was replaced above, so a threshold of -inf compares selectable blocks alone.
         wanted = tl.sum((selectable & (logit >= value)).to(tl.int32))
     count = tl.minimum(tl.minimum(tl.maximum(wanted, minimum), capacity), available)
-    cut = _cut(key, one, count)
+    cut = _cut(key, one, available, count)
     above = tl.sum((selectable & (key > cut)).to(tl.int32))
     tied = (key == cut) & selectable
     tie_rank = tl.cumsum(tied.to(tl.int32)) - 1
