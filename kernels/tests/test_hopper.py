@@ -240,7 +240,7 @@ def test_cuda_graphs_and_compile(kind: Any) -> None:
 def test_a_kernel_that_computes_wrong_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = random_plan(7, query_block=64, key_block=64, heads=3, device=DEVICE)
     q, k, v = random_tensors(plan, heads=3, head_dim=24, dtype=torch.bfloat16, device=DEVICE)
-    provider._problem.cache_clear()
+    provider._verdicts.clear()
     real = provider.attend_uniform
 
     def wrong(*arguments: Any, **named: Any) -> Any:
@@ -249,4 +249,4 @@ def test_a_kernel_that_computes_wrong_is_not_served(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(provider, "attend_uniform", wrong)
     assert "differs from the reference" in " ".join(provider.reasons(plan, q, k, v))
-    provider._problem.cache_clear()
+    provider._verdicts.clear()

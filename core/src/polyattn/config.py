@@ -30,6 +30,7 @@ MAXIMUM_FILE_BYTES = 1 << 20
 MAXIMUM_DEPTH = 32
 FILE_SUFFIXES = (".json", ".yaml", ".yml")
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
+LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 EXAMPLE = """--attention-backend-config 'sparsity=0.5,chunk_size=[4, 13]'"""
 
 
@@ -391,7 +392,7 @@ def validate(
     except (TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{source} cannot be used for {spec.name}: {error}") from None
-        problems = "; ".join(_problem(each) for each in error.errors())
+        problems = "; ".join(_problem(each, spec.config) for each in error.errors())
         raise ConfigError(
             f"{spec.name} cannot use {source}: {problems}", hint=f"polyattn config {spec.name}"
         ) from None
@@ -410,8 +411,25 @@ def _leaves(
             yield path, value
 
 
-def _problem(error: Any) -> str:
+def _problem(error: Any, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"the required parameter {key!r} is missing"
-    return f"{key}={error['input']!r}: {error['msg']}" if key else str(error["msg"])
+    if limits := {name: error["ctx"][name] for name in LIMITS if name in error.get("ctx", {})}:
+        field = model.model_fields.get(spellings(model).get(key, ""))
+        for each in field.metadata if field is not None else ():  # an error tells one limit only
+            limits |= {name: getattr(each, name) for name in LIMITS if hasattr(each, name)}
+        return f"{key}={error['input']!r} is out of range: {_range(limits)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{key}={error['input']!r}: {message}" if key else message
+
+
+def _range(limits: Mapping[str, int | float]) -> str:
+    """The values that limits allow: ``0 to 1``, ``more than 0 and at most 1``."""
+    words = {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in limits.items()
+    }
+    if {"ge", "le"} <= set(words):
+        return f"{words['ge']} to {words['le']}"
+    return " and ".join(f"{LIMITS[name]} {words[name]}" for name in LIMITS if name in words)

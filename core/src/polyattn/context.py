@@ -25,9 +25,13 @@ __all__ = [
     "dense_phase",
     "entered",
     "forward_context",
+    "nothing_sparse",
 ]
 
 RunState = MutableMapping[tuple[Any, ...], MutableMapping[str, Any]]
+
+# What a schedule counts: its option, where in a run a call is, and the total.
+SCHEDULE = (("dense_steps", "step", "num_steps"), ("dense_layers", "layer", "num_layers"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,28 +155,46 @@ def _check(context: ForwardContext) -> None:
 
 
 def dense_phase(config: ScheduledConfig, context: ForwardContext | None) -> str | None:
-    """Why a scheduled method runs dense here (``"dense_steps"``), or None when it does not.
+    """Which key of a scheduled method makes it dense here (``"dense_steps"``), or None.
 
     Raises :class:`~polyattn.errors.InputError` when the schedule asks for something the context
     does not say: a schedule is never dropped.
     """
-    for option, index_name, total_name in (
-        ("dense_steps", "step", "num_steps"),
-        ("dense_layers", "layer", "num_layers"),
-    ):
+    for option, index_name, total_name in SCHEDULE:
         wanted: int | float = getattr(config, option)
         if not wanted:
             continue
         index: int | None = getattr(context, index_name, None)
         total: int | None = getattr(context, total_name, None)
-        share = isinstance(wanted, float)
-        if index is None or (share and total is None):
+        key = config.key_of(option)
+        if index is None or (isinstance(wanted, float) and total is None):
             raise InputError(
-                f"{option}={wanted} needs to know the {index_name if index is None else total_name}"
+                f"{key}={wanted} needs to know the {index_name if index is None else total_name}"
                 ", and the forward context does not say it",
-                hint=f"with polyattn.forward_context({index_name}=i, {total_name}=n): ...",
+                hint=f"with polyattn.forward_context({index_name}=i, {total_name}=n): ..., or "
+                f"{key}=0, which switches it off",
             )
-        count = math.floor(wanted * total) if share and total is not None else wanted
-        if index < count:
-            return option
+        if index < _count(wanted, total):
+            return key
     return None
+
+
+def nothing_sparse(config: ScheduledConfig, context: ForwardContext) -> str | None:
+    """How a schedule leaves all of the run dense, or None where it does not, or nobody knows."""
+    for option, _, total_name in SCHEDULE:
+        wanted: int | float = getattr(config, option)
+        total: int | None = getattr(context, total_name)
+        if total is not None and _count(wanted, total) >= total:
+            return (
+                f"{config.key_of(option)}={wanted} leaves none of the run's {total} "
+                f"{total_name.removeprefix('num_')} sparse"
+            )
+    return None
+
+
+def _count(wanted: int | float, total: int | None) -> int:
+    """A count, or a share of a known total, as a count."""
+    if isinstance(wanted, int):
+        return wanted
+    assert total is not None
+    return math.floor(wanted * total)

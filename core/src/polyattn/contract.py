@@ -194,6 +194,10 @@ class ScheduledConfig(BaseModel):
             raise ValueError(f"a share is at most 1.0, found {value}; for a count write an integer")
         return value
 
+    def key_of(self, option: str) -> str:
+        """What the method calls ``dense_steps`` or ``dense_layers``: the name in messages."""
+        return option
+
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:

@@ -10,6 +10,7 @@ serves every step of a run.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
@@ -18,7 +19,13 @@ import torch
 
 from polyattn import settings
 from polyattn.config import canonical_text, load_config, validate
-from polyattn.context import ForwardContext, current_context, dense_phase, forward_context
+from polyattn.context import (
+    ForwardContext,
+    current_context,
+    dense_phase,
+    forward_context,
+    nothing_sparse,
+)
 from polyattn.contract import (
     AttentionCall,
     AttentionRequest,
@@ -40,6 +47,8 @@ from polyattn.selection import (
 )
 
 __all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
+
+logger = logging.getLogger("polyattn")
 
 # Distinct decisions kept; a service with ever-changing lengths starts over instead of growing.
 MAXIMUM_DECISIONS = 8192
@@ -142,8 +151,8 @@ class _Decision:
             return_lse=request.needs_lse,
         )
         self.checked = False
-        # The row last counted in, the report it belongs to, and the phase: one value, so that
-        # another thread never sees a row beside the wrong report.
+        # The row last counted in, the report it belongs to, and why it is dense: one value, so
+        # that another thread never sees a row beside the wrong report.
         self.last: tuple[Row | None, object, str | None] = (None, None, None)
 
     def call(
@@ -168,18 +177,18 @@ class _Decision:
             {name: extras[name] for name in extras if name in self.extras} if extras else {},
         )
 
-    def row(self, phase: str | None) -> Row:
+    def row(self, why_dense: str | None) -> Row:
         """The report row of this decision, kept for the report that was last written to."""
         report = current_report()
         epoch = report.epoch
-        row, last_epoch, last_phase = self.last
-        if row is None or epoch is not last_epoch or phase != last_phase:
+        row, last_epoch, last_why = self.last
+        if row is None or epoch is not last_epoch or why_dense != last_why:
             chosen = self.selection
-            why = chosen.why if phase is None else f"{phase} of {chosen.requested}"
+            why = why_dense or chosen.why
             row = Row(self.role, chosen.requested, chosen.chosen, chosen.source, why, self.shape)
             key = (row.role, row.requested, row.used, row.source, row.why, row.shape)
             row = report.row(key, row)
-            self.last = (row, epoch, phase)
+            self.last = (row, epoch, why_dense)
         return row
 
     def words(self) -> str:
@@ -456,11 +465,13 @@ def _attend_in_context(
     extras: Mapping[str, torch.Tensor] | None,
 ) -> Output:
     """The call where step, layer or grid are known: schedules apply, and the report says where."""
-    phase = None
+    why_dense = None
     if decision.schedule is not None:
         _refuse_frozen_schedule(decision)
         phase = dense_phase(decision.schedule, context)
         if phase is not None and decision.dense is not None:
+            method = decision.selection.chosen
+            why_dense = _wholly_dense(method, decision.schedule, context) or f"{phase} of {method}"
             decision = decision.dense
     call = decision.call(q, k, mask, is_causal, enable_gqa, return_lse, extras, context)
     try:
@@ -469,8 +480,20 @@ def _attend_in_context(
         _explain(error, decision.selection, decision.words())
         raise
     decision.check_result(result, q, return_lse)
-    decision.row(phase).count(context, call.facts)
+    decision.row(why_dense).count(context, call.facts)
     return result
+
+
+def _wholly_dense(method: str, schedule: ScheduledConfig, context: ForwardContext) -> str | None:
+    """Why no call of the run is sparse, or None; a warning says so once in a run."""
+    why = nothing_sparse(schedule, context)
+    if why is not None:
+        warned = context.run_state.setdefault(("schedules",), {})
+        message = f"{method}: {why}; set it lower, as a count or a share (0.2)"
+        if not warned.get(message):
+            warned[message] = True
+            logger.warning(message)
+    return why
 
 
 def _at_site(context: ForwardContext | None, site: CallSite) -> ForwardContext:

@@ -15,7 +15,7 @@ from typing import Any
 
 from polyattn.context import ForwardContext
 
-__all__ = ["Report", "Row", "current_report", "ranges", "report", "reporting_to"]
+__all__ = ["Report", "Row", "current_report", "density_words", "ranges", "report", "reporting_to"]
 
 MOST_WAITING = 4096  # numbers of one fact that may wait on a device
 
@@ -115,8 +115,22 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
+        """Role by role, and of each role in the order in which they began."""
         with self._lock:
-            return list(self._rows.values())
+            rows = list(self._rows.values())
+        roles = list(dict.fromkeys(row.role for row in rows))
+        return sorted(rows, key=lambda row: roles.index(row.role))
+
+    @property
+    def density(self) -> float | None:
+        """Attended share of the pairs, over all calls of self-attention; a call that tells no
+        density counts as dense. None where no call tells one."""
+        rows = [(row.calls, row.facts.get("density")) for row in self.rows if row.role == "self"]
+        told = [(calls, share) for calls, share in rows if isinstance(share, (int, float))]
+        if not told:
+            return None
+        left_out = sum(calls * (1 - share) for calls, share in told)
+        return 1 - left_out / sum(calls for calls, _ in rows)
 
     def clear(self) -> None:
         """Forget what ran so far."""
@@ -129,6 +143,15 @@ class Report:
         return [row.to_dict() for row in self.rows]
 
     def __str__(self) -> str:
+        return "\n".join([self.rows_text(), *self.density_lines()])
+
+    def density_lines(self) -> list[str]:
+        """One line for a person, or none where no call tells a density."""
+        density = self.density
+        return [] if density is None else [density_words(density)]
+
+    def rows_text(self) -> str:
+        """One line per row."""
         if not self.rows:
             return "no attention ran"
         lines = []
@@ -145,6 +168,10 @@ class Report:
                 f"{row.shape}{facts}"
             )
         return "\n".join(lines)
+
+
+def density_words(density: float) -> str:
+    return f"density of self-attention over the run: {density:.3g}"
 
 
 def _short(value: Any) -> str:

@@ -186,7 +186,9 @@ def select(
     exception = _dense_exception(chosen.spec, request, source)
     if exception:
         plain = _without_extras_of(chosen.spec, request)
-        return _logged(_automatic(plain, environment, {}, requested, source, exception))
+        # Cross-attention is none of the method's business: its staying dense is no substitution.
+        level = logging.INFO if request.role == "cross" else logging.WARNING
+        return _logged(_automatic(plain, environment, {}, requested, source, exception), level)
     reasons = _all_reasons(chosen.spec, request, parameters, environment)
     if not reasons:
         return _selection(chosen, parameters, request, environment, requested, source)
@@ -369,7 +371,7 @@ def _selection(
         why=why,
         trace=trace,
         parameters=parameters.model_dump(mode="json"),
-        dense=_dense_partner(chosen, parameters, request, environment),
+        dense=_dense_partner(chosen, parameters, request, environment, requested),
     )
 
 
@@ -378,6 +380,7 @@ def _dense_partner(
     parameters: BaseModel,
     request: AttentionRequest,
     environment: Environment,
+    requested: str | None,
 ) -> Selection | None:
     """Who runs the dense phase of a scheduled method: what the run would use without it."""
     if not isinstance(parameters, ScheduledConfig):
@@ -387,7 +390,7 @@ def _dense_partner(
     request = _without_extras_of(chosen.spec, request)
     if parameters.dense_backend is None:
         why = f"dense phase of {chosen.name}"
-        return _automatic(request, environment, {}, chosen.name, "automatic", why)
+        return _automatic(request, environment, {}, requested, "automatic", why)
     partner = backend_named(parameters.dense_backend, source=f"dense_backend of {chosen.name}")
     defaults = _parameters(partner, parameters.dense_backend, {})
     reasons = _all_reasons(partner.spec, request, defaults, environment)
@@ -399,7 +402,7 @@ def _dense_partner(
             partner.name, f"dense_backend of {chosen.name}", refused, request, environment
         )
     why = f"dense_backend of {chosen.name}"
-    return _selection(partner, defaults, request, environment, chosen.name, "call", why)
+    return _selection(partner, defaults, request, environment, requested, "call", why)
 
 
 def _parameters(chosen: RegisteredBackend, asked_as: str, given: Mapping[str, Any]) -> BaseModel:
@@ -492,14 +495,14 @@ def _unavailable(
     )
 
 
-def _logged(selection: Selection) -> Selection:
-    _warn_once(f"{selection.requested} -> {selection.chosen}: {selection.why}")
+def _logged(selection: Selection, level: int = logging.WARNING) -> Selection:
+    _log_once(f"{selection.requested} -> {selection.chosen}: {selection.why}", level)
     return selection
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def _log_once(message: str, level: int = logging.WARNING) -> None:
+    logger.log(level, message)
 
 
 # Backends whose implementation could not be imported in this process, and why.
@@ -516,7 +519,7 @@ def remember_refusal(
     """From now on what the factory found is a reason against this backend for this request."""
     reason = Reason(code="refused-when-built", message=error.message, hint=error.hint)
     _refused[name, request, parameters.model_dump_json()] = reason
-    _warn_once(f"{name} is passed over: {reason}")
+    _log_once(f"{name} is passed over: {reason}")
 
 
 def _refusals(name: str, request: AttentionRequest, parameters: BaseModel) -> list[Reason]:
@@ -546,5 +549,5 @@ def load_factory(backend: RegisteredBackend) -> Any | None:
                 f"{spec.implementation} does not load: {words}",
                 hint=hint,
             )
-            _warn_once(f"{spec.name} is passed over: {_broken[spec.name]}")
+            _log_once(f"{spec.name} is passed over: {_broken[spec.name]}")
     return _factories.get(spec.name)

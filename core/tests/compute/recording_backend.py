@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Recorder:
     """Plain attention, except that a ``failing`` one raises in the given layer."""
 
     failing_layer: int | None = None
+    facts: Mapping[str, Any] | None = None
     error: BaseException = ValueError("the kernel failed")
 
     def __call__(
@@ -36,6 +38,7 @@ class Recorder:
         if call.context.layer == Recorder.failing_layer:
             raise Recorder.error
         call.context.state["seen"] = call.context.state.get("seen", 0) + 1
+        call.facts = Recorder.facts
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=call.scale
@@ -68,6 +71,7 @@ EXACT = BackendSpec(
 
 SPARSE = BackendSpec(
     name="sparse_recorder",
+    aliases=["thin"],
     summary="remembers its calls; video self-attention only",
     kind="sparse",
     capabilities=Capabilities(

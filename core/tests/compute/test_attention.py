@@ -395,6 +395,24 @@ def test_the_dense_phase_and_the_report() -> None:
     assert report.to_dict()[0]["calls"]
 
 
+def test_a_run_that_stays_dense_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = qkv()
+    config = {"dense_steps": 12}
+    with isolated_registry(SPARSE, spec("dense")), reporting_to(Report()) as report:
+        for _run, num_steps in enumerate((5, 5, 13, None)):
+            with polyattn.forward_context(num_steps=num_steps, grid=(1, 3, 4)):
+                for step in range(2):
+                    with polyattn.forward_context(step=step):
+                        polyattn.attention(q, k, v, backend="sparse", config=config)
+    told = "dense_steps=12 leaves none of the run's 5 steps sparse"
+    messages = [each.message for each in caplog.records if each.name == "polyattn"]
+    assert messages == [f"sparse: {told}; set it lower, as a count or a share (0.2)"] * 2
+    assert [(row.why, row.calls) for row in report.rows] == [
+        (told, 4),
+        ("dense_steps of sparse", 4),
+    ]
+
+
 @pytest.mark.parametrize("form", ["eager", "compiled"])
 def test_extra_tensors_reach_the_method_and_not_its_dense_phase(form: str) -> None:
     Recorder.calls = []

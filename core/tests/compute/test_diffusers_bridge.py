@@ -157,6 +157,19 @@ def test_a_second_transformer_is_served_too() -> None:
     assert len(states) == 2
 
 
+def test_the_density_is_that_of_both_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ran dense alone counts too."""
+    monkeypatch.setattr(recorder.Recorder, "facts", {"density": 0.5})
+    pipe = tiny_wan.tiny_pipeline(two_stages=True)
+    with polyattn.apply(pipe, "sparse_recorder", config={"dense_steps": 3}) as handle:
+        tiny_wan.run(pipe, steps=4)
+    high, low = (handle.report.components[name] for name in ("transformer", "transformer_2"))
+    assert (high.density, low.density) == (None, 0.5)
+    assert handle.report.density == pytest.approx(7 / 8)
+    lines = [each for each in str(handle.report).splitlines() if "density of" in each]
+    assert lines == ["density of self-attention over the run: 0.875"]
+
+
 def test_a_bare_model_is_served() -> None:
     model = tiny_wan.tiny_transformer()
     plain = _forward(model)

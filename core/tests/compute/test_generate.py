@@ -201,6 +201,28 @@ def test_backends_are_chosen_by_role(saved: Path, out: Path) -> None:
     }  # fmt: skip
 
 
+def test_the_table_of_a_sparse_run(saved: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by role, the kernel that ran, and the density with the dense steps in it."""
+    monkeypatch.setattr(recorder.Recorder, "facts", {"density": 0.5, "provider": "reference"})
+    report = out / "report.json"
+    result = generate(
+        "--model-path", saved, "--output", out / "v.gif", "--report", report,
+        "--attention-backend", "thin", "--attention-backend-config", "dense_steps=1",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    lines = result.stdout.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("self", "cross"))]
+    assert [row[:6] for row in rows] == [
+        ["self", "0-1", "0", "thin", "torch_sdpa", "flash"],
+        ["self", "0-1", "1", "thin", "sparse_recorder", "reference"],
+        ["cross", "0-1", "0-1", "thin", "torch_sdpa", "flash"],
+    ]
+    assert rows[1][6:] == ["requested", "(density", "0.5)"]
+    assert "density of self-attention over the run: 0.75" in lines
+    assert json.loads(report.read_text())["density"] == pytest.approx(0.75)
+    assert "thin -> torch_sdpa" not in result.stderr
+
+
 def test_both_transformers_are_in_the_table(out: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     tiny_wan.tiny_pipeline(two_stages=True).save_pretrained(folder)

@@ -146,7 +146,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugins
 def _forget() -> None:
     registry.cache_clear()
     selection.local_environment.cache_clear()
-    selection._warn_once.cache_clear()
+    selection._log_once.cache_clear()
 
 
 @pytest.fixture

@@ -252,7 +252,7 @@ def test_validate_fills_defaults_and_spellings() -> None:
     [
         ({"sparsty": 0.5}, "sparsity"),
         ({"sparsity": "0.5"}, "sparsity='0.5'"),
-        ({"sparsity": 2}, "less than or equal to 1"),
+        ({"sparsity": 2}, "sparsity=2 is out of range: 0 to 1"),
         ({"sparsity": True}, "sparsity=True"),
         ({"top_k": True}, "top_k=True"),
         ({"top_k": 1.5}, "top_k=1.5"),

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 import polyattn
-from polyattn.context import current_context, dense_phase
+from polyattn.context import current_context, dense_phase, nothing_sparse
 from polyattn.contract import ScheduledConfig, TextSpan
 from polyattn.errors import InputError
 from polyattn.reporting import Report, Row, ranges
@@ -105,6 +105,42 @@ def test_a_schedule_without_any_context() -> None:
         dense_phase(ScheduledConfig(dense_steps=1), None)
 
 
+class OwnWords(ScheduledConfig):
+    def key_of(self, option: str) -> str:
+        return {"dense_steps": "first_full_step"}.get(option, option)
+
+
+def test_a_schedule_is_named_as_its_method_names_it() -> None:
+    config = OwnWords(dense_steps=12)
+    with pytest.raises(InputError) as caught:
+        dense_phase(config, None)
+    assert caught.value.message.startswith("first_full_step=12 needs to know the step")
+    assert "first_full_step=0" in (caught.value.hint or "")
+    with polyattn.forward_context(step=0, num_steps=20) as context:
+        assert dense_phase(config, context) == "first_full_step"
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "told"),
+    [
+        ({}, {"num_steps": 5, "num_layers": 2}, None),
+        ({"dense_steps": 12}, {}, None),
+        ({"dense_steps": 12}, {"num_steps": 13}, None),
+        ({"dense_steps": 12}, {"num_steps": 12}, "=12 leaves none of the run's 12 steps sparse"),
+        ({"dense_steps": 0.9}, {"num_steps": 9}, None),
+        ({"dense_steps": 1.0}, {"num_steps": 9}, "=1.0 leaves none of the run's 9 steps sparse"),
+        ({"dense_steps": 1, "dense_layers": 3}, {"num_steps": 9, "num_layers": 2},
+         "dense_layers=3 leaves none of the run's 2 layers sparse"),
+    ],
+)  # fmt: skip
+def test_schedules_that_leave_nothing_sparse(
+    config: dict[str, Any], context: dict[str, Any], told: str | None
+) -> None:
+    with polyattn.forward_context(**context) as current:
+        found = nothing_sparse(ScheduledConfig(**config), current)
+    assert (found is None) if told is None else (found or "").endswith(told)
+
+
 @pytest.mark.parametrize("wrong", [-1, 1.5, -0.1, "3"])
 def test_schedules_are_counts_or_shares(wrong: Any) -> None:
     with pytest.raises(ValidationError):
@@ -124,3 +160,21 @@ def test_a_row_averages_numbers_and_collects_words() -> None:
     assert row.facts["density"] == pytest.approx(0.2)
     assert row.facts["kernel"] == "a, b"
     assert row.calls == 3
+
+
+def test_a_report_reads_role_by_role_and_tells_the_density_of_all_steps() -> None:
+    report = Report()
+    for role, why, calls, facts in (
+        ("self", "dense_steps of x", 6, {"kernel": "flash"}),
+        ("cross", "cross-attention stays dense", 8, None),
+        ("self", "requested", 2, {"density": 0.25}),
+    ):
+        row = report.row((role, why), Row(role, "x", "used", "model", why, "shape"))
+        for _ in range(calls):
+            row.count(None, facts)
+        if row.why != "requested":
+            assert report.density is None
+            assert "density" not in str(report)
+    assert [row.role for row in report.rows] == ["self", "self", "cross"]
+    assert report.density == pytest.approx((6 + 2 * 0.25) / 8)
+    assert str(report).splitlines()[-1] == "density of self-attention over the run: 0.812"

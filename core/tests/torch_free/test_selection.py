@@ -334,6 +334,17 @@ def test_sparse_for_a_whole_model_leaves_cross_attention_dense(source: str) -> N
         polyattn.force_backend(None)
 
 
+def test_only_a_substitution_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """That a sparse method leaves cross-attention alone is no news; that it found no grid is."""
+    with caplog.at_level(logging.INFO, "polyattn"):
+        for more in ({"role": "cross", "grid": (2, 3, 4)}, {}):
+            for _ in range(2):
+                select("sl", environment=HOPPER, scope="model", dtype="bfloat16", **more)
+    cross, grid = caplog.records
+    assert (cross.levelname, grid.levelname) == ("INFO", "WARNING")
+    assert "cross-attention stays dense" in cross.message
+
+
 def test_sparse_named_by_a_call_or_role_is_strict() -> None:
     with pytest.raises(BackendUnavailableError, match="grid="):
         select("sl", request=HALF, environment=HOPPER)
@@ -348,12 +359,12 @@ def test_the_dense_phase_is_what_the_run_would_use() -> None:
     assert plain.dense is None
     scheduled = select("sl", request=request, environment=HOPPER, config="dense_steps=0.2")
     assert scheduled.dense is not None
-    assert scheduled.dense.chosen == "fa"
+    assert (scheduled.dense.requested, scheduled.dense.chosen) == ("sl", "fa")
     named = select(
         "sl", request=request, environment=HOPPER, config="dense_steps=3,dense_backend=sdpa"
     )
     assert named.dense is not None
-    assert named.dense.chosen == "torch_sdpa"
+    assert (named.dense.requested, named.dense.chosen) == ("sl", "torch_sdpa")
     with pytest.raises(BackendUnavailableError, match="sparse"):
         select("sl", request=request, environment=HOPPER, config="dense_steps=3,dense_backend=sl")
     with pytest.raises(ConfigError, match="share"):

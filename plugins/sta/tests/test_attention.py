@@ -372,9 +372,9 @@ def test_first_steps_are_dense(draw: Any, config: Any, sparse: list[int]) -> Non
 
 def test_a_run_that_stays_dense_is_warned_of(draw: Any, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING, logger="polyattn"):
-        report = run_of(4, draw, window_size=[1, 1, 3])
-    assert "sliding_tile_attn" not in steps_of(report)
-    assert "leaves none of the run's 4 steps sparse" in caplog.text
+        (row,) = run_of(4, draw, window_size=[1, 1, 3]).rows
+    assert row.why == "skip_time_steps=15 leaves none of the run's 4 steps sparse"
+    assert f"sliding_tile_attn: {row.why}" in caplog.text
     caplog.clear()
     run_of(4, draw, window_size=[1, 1, 3], skip_time_steps=3)
     assert not caplog.text
@@ -449,7 +449,7 @@ def test_a_call_without_a_grid_or_a_step(draw: Any, strategy_file: Any) -> None:
     config = {"window_size": [1, 1, 1]}
     with pytest.raises(BackendUnavailableError, match="grid"):
         polyattn.attention(q, k, v, backend="sta", config=config)
-    with pytest.raises(InputError, match="dense_steps=15 needs to know the step"):
+    with pytest.raises(InputError, match=r"(?s)^skip_time_steps=15 needs.*skip_time_steps=0, "):
         polyattn.attention(q, k, v, backend="sta", config=config, grid=GRID)
     path = strategy_file(a_window, steps=2, layers=2, heads=2)
     config = {"mask_strategy_file_path": path, "tile_size": TILE}

@@ -651,16 +651,16 @@ def test_nothing_waits_for_the_device(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"sparsity": 1.5}, "sparsity.*less than or equal to 1"),
-        ({"sparsity": -0.1}, "sparsity.*greater than or equal to 0"),
+        ({"sparsity": 90}, "sparsity=90 is out of range: 0 to 1"),
+        ({"sparsity": -0.1}, "sparsity=-0.1 is out of range: 0 to 1"),
         ({"sparsity": "high"}, "sparsity.*valid number"),
         ({"sparsity": True}, "sparsity.*valid number"),
-        ({"VSA_sparsity": 2}, "sparsity.*less than or equal to 1"),
+        ({"VSA_sparsity": 2}, "VSA_sparsity=2 is out of range: 0 to 1"),
         ({"sparsity": 0.5, "VSA_sparsity": 0.5}, "two spellings"),
         ({"sparsty": 0.5}, "no parameter 'sparsty'"),
         ({"coarse_branch": "yes"}, "coarse_branch.*'auto', 'on' or 'off'"),
         ({"coarse_branch": True}, "coarse_branch"),
-        ({"dense_steps": 1.5}, "a share is at most 1.0"),
+        ({"dense_steps": 1.5}, "dense_steps=1.5: a share is at most 1.0"),
     ],
 )
 def test_bad_parameters(config: dict[str, Any], words: str) -> None:

@@ -222,7 +222,7 @@ def _write_attention(page: Page, result: Result) -> None:
             [(row["component"], str(row["modules"]), row["used"]) for row in rows],
         )
         return
-    from polyattn.reporting import ranges
+    from polyattn.reporting import density_words, ranges
 
     several = len({row["component"] for row in rows}) > 1
     columns = ("role", "layers", "steps", "requested", "used", "kernel", "why")
@@ -236,19 +236,21 @@ def _write_attention(page: Page, result: Result) -> None:
                 ranges(row["steps"]),
                 row["requested"] or "automatic",
                 row["used"],
-                str(row.get("facts", {}).get("kernel", "")),
-                row["why"] + _other_facts(row),
+                *_kernel_and_why(row),
             )
             for row in rows
         ],
     )
+    if result.density is not None:
+        page.line(density_words(result.density))
 
 
-def _other_facts(row: dict[str, Any]) -> str:
-    """What else the backend told of itself, e.g. its density."""
-    facts = {name: value for name, value in row.get("facts", {}).items() if name != "kernel"}
+def _kernel_and_why(row: dict[str, Any]) -> tuple[str, str]:
+    """Two cells. What else the backend told of itself, e.g. its density, stands in the second."""
+    facts = dict(row.get("facts", {}))
+    kernel = next((facts.pop(name) for name in ("kernel", "provider") if name in facts), "")
     words = ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in facts.items()
     )
-    return f" ({words})" if words else ""
+    return str(kernel), row["why"] + (f" ({words})" if words else "")

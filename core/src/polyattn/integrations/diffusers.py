@@ -531,10 +531,11 @@ class PipelineReport(Report):
     def __str__(self) -> str:
         if len(self.components) == 1:
             return "\n".join(str(part) for part in self.components.values())
-        return "\n".join(
-            f"{component}:\n  " + str(part).replace("\n", "\n  ")
+        parts = [
+            f"{component}:\n  " + part.rows_text().replace("\n", "\n  ")
             for component, part in self.components.items()
-        )
+        ]
+        return "\n".join([*parts, *self.density_lines()])
 
 
 class Handle:

@@ -172,7 +172,7 @@ def _forget() -> None:
     """Empty every cache that holds what came from a plugin."""
     discovery.registry.cache_clear()
     selection.local_environment.cache_clear()  # holds devices that plugins taught
-    selection._warn_once.cache_clear()
+    selection._log_once.cache_clear()
     selection._broken.clear()
     selection._factories.clear()
     selection._refused.clear()

@@ -46,8 +46,8 @@ LENGTH_BITS = gl.constexpr(6)  # of an entry in a list of parts: its tokens; abo
 
 # Numbers that kernels are not compiled anew for: sizes and strides of a plan.
 PLAN_NUMBERS = (
-    "heads", "group", "query_length", "key_length", "num_query_blocks", "num_key_blocks",
-    "capacity", "num_items", "first_instance", "plan_heads", "replicas", "head_replicas", "tiles",
+    "heads", "group", "query_length", "key_length", "num_query_blocks", "capacity", "num_items",
+    "first_instance", "plan_heads", "replicas", "head_replicas", "tiles", "end",
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h",
     "parts_stride_b", "parts_stride_h", "part_capacity", "query_lengths_stride_b",
     "query_lengths_stride_h", "query_permutation_stride_b", "query_permutation_stride_h",

@@ -11,7 +11,6 @@ own state.
 
 from __future__ import annotations
 
-import logging
 import math
 import uuid
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from polyattn.context import ForwardContext, current_context
+from polyattn.context import ForwardContext
 from polyattn.contract import AttentionCall, AttentionRequest, Implementation
 from polyattn.environment import Environment
 from polyattn.errors import ConfigError, InputError
@@ -31,7 +30,7 @@ from polyattn_sta.config import StaConfig
 from polyattn_sta.search import SearchRecord, append_record
 from polyattn_sta.strategy import Strategy, load_strategy
 from polyattn_sta.tiles import Tiles, WindowPlans, attend, tiles_of, window_plans
-from polyattn_sta.tuning import full_steps, tune
+from polyattn_sta.tuning import tune
 from polyattn_sta.windows import (
     Extent,
     default_candidates,
@@ -42,8 +41,6 @@ from polyattn_sta.windows import (
 )
 
 __all__ = ["build"]
-
-logger = logging.getLogger("polyattn")
 
 # q, k and v in rows, and the key lengths of their plan.
 Arranged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -57,7 +54,6 @@ def build(config: StaConfig, request: AttentionRequest, environment: Environment
     Raises:
         ConfigError: for a strategy, candidates or search records that cannot serve.
     """
-    _tell_of_a_dense_run(config)
     attention: _SlidingTiles
     if config.sta_mode == "STA_searching":
         attention = Search(config)
@@ -68,21 +64,6 @@ def build(config: StaConfig, request: AttentionRequest, environment: Environment
     if request.grid is not None:
         attention.check(tiles_along(request.grid, config.tile_size), request.heads)
     return attention
-
-
-def _tell_of_a_dense_run(config: StaConfig) -> None:
-    """A warning where no step of the run in progress is left to be sparse."""
-    context = current_context()
-    num_steps = context.num_steps if context is not None else None
-    if not num_steps or not config.dense_steps:
-        return
-    if full_steps(config.dense_steps, num_steps) == num_steps:
-        logger.warning(
-            "sliding_tile_attn: skip_time_steps=%s leaves none of the run's %d steps sparse; "
-            "set it lower, e.g. skip_time_steps=0.3",
-            config.skip_time_steps,
-            num_steps,
-        )
 
 
 class _SlidingTiles:

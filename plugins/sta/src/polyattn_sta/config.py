@@ -102,6 +102,9 @@ class StaConfig(ScheduledConfig):
     def _share_of_steps(cls, value: int | float) -> int | float:
         return cls._share_or_count(value)
 
+    def key_of(self, option: str) -> str:
+        return "skip_time_steps" if option == "dense_steps" else option
+
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
         given = self.model_fields_set & {"skip_time_steps", "dense_steps"}

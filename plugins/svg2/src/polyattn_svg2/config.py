@@ -121,6 +121,11 @@ class Svg2Config(ScheduledConfig):
                 data[key] = int(value)
         return data
 
+    def key_of(self, option: str) -> str:
+        if isinstance(getattr(self, option), int):  # the authors' keys read 1 as a share
+            return option
+        return {"dense_steps": "first_times_fp", "dense_layers": "first_layers_fp"}[option]
+
     @field_validator("zero_step_kmeans_init")
     @classmethod
     def _dense_phase_is_core_s(cls, value: bool) -> bool:

@@ -33,12 +33,14 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """A written video. ``attention`` has one mapping per row of the report, ready for JSON."""
+    """A written video. ``attention`` has one mapping per row of the report, ready for JSON, and
+    ``density`` is :attr:`polyattn.reporting.Report.density`."""
 
     plan: Plan
     path: Path
     seconds: dict[str, float]
     attention: list[dict[str, Any]]
+    density: float | None
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Result:
             "backend": plan.backend,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "attention": self.attention,
+            "density": self.density,
             "notes": list(self.notes),
         }
 
@@ -102,14 +105,14 @@ def run_generation(plan: Plan, progress: Progress | None = None) -> Result:
         with _attention(pipe, plan) as attention:
             clock.begin("text")
             frames = _run(pipe, plan, clock)
-            rows = attention.rows()
+            rows, density = attention.rows(), attention.density()
             notes += attention.notes
     clock.begin("write")
     path = write_video(_as_bytes(frames), plan.output, plan.fps, overwrite=plan.overwrite)
     if path != plan.output:
         notes.append(f"{plan.output} was made by somebody else meanwhile; this video is {path}")
     clock.begin(None)
-    result = Result(plan, path, clock.seconds, rows, tuple(notes))
+    result = Result(plan, path, clock.seconds, rows, density, tuple(notes))
     if plan.report is not None:
         text = json.dumps(result.to_dict(), indent=2) + "\n"
         write_text(text, plan.report, overwrite=plan.overwrite)
@@ -173,6 +176,8 @@ class _Attention(Protocol):
 
     def rows(self) -> list[dict[str, Any]]: ...
 
+    def density(self) -> float | None: ...
+
 
 class _Bridged:
     def __init__(self, handle: Any) -> None:
@@ -183,6 +188,10 @@ class _Bridged:
         rows: list[dict[str, Any]] = self._handle.report.to_dict()
         return rows
 
+    def density(self) -> float | None:
+        density: float | None = self._handle.report.density
+        return density
+
 
 class _PassedThrough:
     notes: tuple[str, ...] = ()
@@ -192,6 +201,9 @@ class _PassedThrough:
 
     def rows(self) -> list[dict[str, Any]]:
         return self._rows
+
+    def density(self) -> float | None:
+        return None
 
 
 @contextlib.contextmanager
