@@ -125,7 +125,7 @@ def flash_kmeans(
     except ImportError:
         return {}
     problems = x[0].transpose(0, 1).contiguous()  # not counted: in its favour
-    first = start[0].transpose(0, 1).contiguous()
+    first = start[0].transpose(0, 1).to(x.dtype).contiguous()  # it takes one dtype only
     return {
         f"k-means of {side}, {clusters} clusters, {iterations} iterations: flash-kmeans": (
             partial(

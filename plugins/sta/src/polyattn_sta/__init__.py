@@ -62,7 +62,7 @@ SPEC = BackendSpec(
     config=StaConfig,
     probe_request=_windows_are_given,
     implementation="polyattn_sta.attention:build",
-    footnotes={"cpu": "a reference, no faster than dense attention"},
+    footnotes={"cpu": "a reference, in plain torch"},
 )
 
 

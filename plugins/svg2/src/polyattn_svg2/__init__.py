@@ -31,7 +31,7 @@ SPEC = BackendSpec(
     ),
     config=Svg2Config,
     implementation="polyattn_svg2.attention:build",
-    footnotes={"cpu": "a reference, no faster than dense attention"},
+    footnotes={"cpu": "a reference, in plain torch"},
 )
 
 

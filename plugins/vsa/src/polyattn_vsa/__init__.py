@@ -60,7 +60,7 @@ SPEC = BackendSpec(
     config=VsaConfig,
     probe_request=_request_reasons,
     implementation="polyattn_vsa.attention:build",
-    footnotes={"cpu": "a reference, no faster than dense attention"},
+    footnotes={"cpu": "a reference, in plain torch"},
 )
 
 
