@@ -6,9 +6,11 @@ import importlib.util
 import itertools
 import math
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import polyattn
 import polyattn_kernels
+import polyattn_vmoba
 from polyattn.config import load_config, validate
 from polyattn.contract import AttentionCall
 from polyattn.discovery import registry
@@ -24,7 +27,6 @@ from polyattn.errors import BackendUnavailableError, ConfigError, InputError
 from polyattn.reporting import Report, reporting_to
 from polyattn_kernels import BlockSparsePlan
 from polyattn_vmoba import attention as implementation
-from polyattn_vmoba import routed as routing
 from polyattn_vmoba import selection
 from polyattn_vmoba.config import VmobaConfig
 
@@ -395,8 +397,17 @@ def test_first_steps_are_dense(dense_backend: str) -> None:
     config = {key: value for key, value in CYCLE.items() if key != "first_full_step"}
     used = [facts_of(config, layer=0, step=step)["used"] for step in (0, 11, 12, 49)]
     assert used == [dense_backend, dense_backend, "vmoba_attn", "vmoba_attn"]
-    with pytest.raises(InputError, match=r"(?s)=12 needs to know the step.*step=i"):
+    with pytest.raises(InputError, match=r"(?s)^first_full_step=12 needs.*first_full_step=0, "):
         facts_of(config, layer=0)
+
+
+def test_a_run_of_few_steps_is_told_that_it_stays_dense(
+    dense_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {key: value for key, value in CYCLE.items() if key != "first_full_step"}
+    with caplog.at_level("WARNING", "polyattn"):
+        assert facts_of(config, layer=0, step=0, num_steps=5)["used"] == dense_backend
+    assert "first_full_step=12 leaves none of the run's 5 steps sparse" in caplog.text
 
 
 def test_report() -> None:
@@ -463,16 +474,23 @@ def test_nothing_waits_for_a_gpu(mode: str, pool: str, monkeypatch: pytest.Monke
     """
     if (mode, pool) == ("topk", "block"):
         return
-    paired = []
+    launched = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert all(type(size) is int for size in grid)
+            return lambda *_, **__: launched.append(self.name)
 
     def attend(q: Any, *_: Any, **__: Any) -> Any:
         return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
 
-    def routed(q: Any, k: Any, v: Any, plan: Any, scale: float) -> Any:
-        paired.append(routing._pairs_by_block(plan))
-        return attend(q)
-
-    monkeypatch.setattr(implementation, "routed_attention", routed)
+    names = ("attend_pairs", "count_marks", "join_pairs", "mark_lists", "mark_share", "place_pairs")
+    kernels = SimpleNamespace(**{name: Kernel(name) for name in names})
+    monkeypatch.setitem(sys.modules, "polyattn_vmoba._routed_kernels", kernels)
+    monkeypatch.setattr(polyattn_vmoba, "_routed_kernels", kernels, raising=False)
     monkeypatch.setattr(implementation, "block_sparse_attention", attend)
     monkeypatch.setattr(
         implementation, "which_provider", lambda *_: polyattn_kernels.ProviderChoice("triton", {})
@@ -480,6 +498,8 @@ def test_nothing_waits_for_a_gpu(mode: str, pool: str, monkeypatch: pytest.Monke
     case = Case((4, 4, 4), "spatiotemporal", (2, 2, 3), mode, pool, topk=2, text_after=4)
     spec = registry().backends["vmoba_attn"].spec
     built = implementation.build(validate(spec, config_of(case)), None, None)
+    # Tried before, which does wait.
+    monkeypatch.setattr(built, "_routes_rightly", lambda q: True)
     # What is static is made on the CPU, once for a grid.
     monkeypatch.setattr(
         implementation,
@@ -501,7 +521,9 @@ def test_nothing_waits_for_a_gpu(mode: str, pool: str, monkeypatch: pytest.Monke
             with pytest.raises(DataDependentOutputException):
                 call.facts["density"].item()
     implementation._visible_chunks.cache_clear()
-    assert len(paired) == 2
+    fused = (mode, pool) == ("threshold", "query_head")
+    first = "mark_share" if fused else "mark_lists"
+    assert launched == [first, "count_marks", "place_pairs", "attend_pairs", "join_pairs"] * 2
 
 
 def test_nothing_is_remembered() -> None:
@@ -527,9 +549,13 @@ def test_missing_chunk_sizes() -> None:
     ):
         with pytest.raises(BackendUnavailableError, match=wanted) as caught:
             run(case, q, k, v, config=config, layer=0, step=99)
-        # The command that the error gives is one that works.
-        hint = (caught.value.hint or "").removeprefix("config='").removesuffix("'")
-        run(case, q, k, v, config={**config, **load_config(hint)}, layer=0, step=99)
+        # What the error gives to type works, on the command line and in Python.
+        forms = re.fullmatch(
+            r"--attention-backend-config '(.+)', or config='(.+)'", caught.value.hint or ""
+        )
+        assert forms is not None
+        for text in forms.groups():
+            run(case, q, k, v, config={**config, **load_config(text)}, layer=0, step=99)
 
 
 def test_layer_is_needed_where_kinds_alternate() -> None:

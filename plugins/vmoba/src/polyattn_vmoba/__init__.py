@@ -35,7 +35,7 @@ def _request_reasons(
             f"temporal, {config.spatial_layer} spatial and {config.st_layer} spatiotemporal "
             f"layers with moba_select_mode={config.moba_select_mode}; they have no default: "
             "choose them for your grid (a kind of 0 layers needs none)",
-            hint=f"config='{example}'",
+            hint=f"--attention-backend-config '{example}', or config='{example}'",
         )
     ]
 
@@ -61,7 +61,7 @@ SPEC = BackendSpec(
     config=VmobaConfig,
     probe_request=_request_reasons,
     implementation="polyattn_vmoba.attention:build",
-    footnotes={"cpu": "a reference, no faster than dense attention"},
+    footnotes={"cpu": "a reference, in plain torch"},
 )
 
 

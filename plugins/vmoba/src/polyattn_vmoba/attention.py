@@ -9,16 +9,19 @@ and heads only in the pools that say so.
 
 What is picked is a plan in which every query is a block of its own and the chunks are the blocks
 of keys. On the CPU that plan runs as it is. A kernel that works on tiles of queries would waste all
-rows of a tile but one, so on a GPU :mod:`~polyattn_vmoba.routed` runs the same plan. Queries are
-served a stretch at a time, so that a call needs a bounded amount of memory, whatever is picked.
+rows of a tile but one, so on a GPU :mod:`~polyattn_vmoba.routed` does the same by marks instead of
+lists. It is tried on a small case of its own before it serves; where that differs from the plan run
+plainly, the plan is what runs, and a warning says so. Queries are served a stretch at a time, so
+that a call needs a bounded amount of memory, whatever is picked.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -35,13 +38,21 @@ from polyattn_kernels import (
 )
 from polyattn_kernels.tiling import tiling
 from polyattn_vmoba.config import Kind, LayerRule, VmobaConfig
-from polyattn_vmoba.routed import routed_attention
+from polyattn_vmoba.routed import LONGEST_ROW, Marks, attend_marked, mark_lists, mark_share
 from polyattn_vmoba.selection import select_share, select_topk
 
 __all__ = ["build"]
 
-# Of all that is held for the queries that are served at one time.
+# Of all that is held for the queries that are served at one time, on a GPU maybe more.
 TURN_BYTES = 2 * 2**30
+# One part in so many is for scores and selections, the rest for partial results of the GPU's path.
+SELECTED_SHARE = 4
+
+TRIAL_GRID = (4, 6, 8)
+TRIAL_RULE = LayerRule("spatiotemporal", (2, 3, 4), 3)
+
+_log = logging.getLogger("polyattn")
+_verdicts: dict[tuple[object, ...], bool] = {}
 
 Extent = tuple[int, int, int]
 Lists = tuple[torch.Tensor, torch.Tensor]
@@ -79,19 +90,132 @@ class VmobaAttention:
                 q[:, text], k, v, chunks.plan_of_all(sequence.text), scale=call.scale,
                 return_lse=True,
             )  # fmt: skip
-        first, provider, densities = sequence.text_before, "", []
-        for begin, end, lists in self._selected(q[:, first : first + sequence.video], k, chunks):
-            part = slice(first + begin, first + end)
-            plan = chunks.plan_of_lists(end - begin, *lists)
-            out[:, part], lse[..., part], provider = _attend(q[:, part], k, v, plan, call.scale)
-            densities.append(plan.density() * (end - begin))
+        video = slice(sequence.text_before, sequence.text_before + sequence.video)
+        provider, density = self._attend(
+            q[:, video], k, v, chunks, call.scale, out[:, video], lse[..., video]
+        )
         call.facts = {
             "kind": rule.kind,
             "chunks": chunks.number,
-            "density": chunks.density_of_all(torch.stack(densities).sum(), sequence),
+            "density": chunks.density_of_all(density, sequence),
             "provider": provider,
         }
         return (out, lse) if call.return_lse else out
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        chunks: _Chunks,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[str, torch.Tensor]:
+        """Writes out and lse of the video's queries; who computed them, and the sum over queries
+        of their density among all keys."""
+        provider = which_provider(chunks.plan_of_all(q.shape[1]), q, k, v).name
+        if provider == "reference" or not self._routes_rightly(q):
+            return provider, self._attend_plainly(q, k, v, chunks, scale, out, lse)
+        density = self._attend_routed(q, k, v, chunks, scale, out, lse)
+        return "triton (routed by chunk)", density
+
+    def _attend_plainly(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: _Chunks, scale: float,
+        out: torch.Tensor, lse: torch.Tensor, provider: str = "auto",
+    ) -> torch.Tensor:  # fmt: skip
+        densities = []
+        for begin, end, lists in self._selected(q, k, chunks):
+            plan = chunks.plan_of_lists(end - begin, *lists)
+            out[:, begin:end], lse[..., begin:end] = block_sparse_attention(
+                q[:, begin:end], k, v, plan, scale=scale, return_lse=True, provider=provider
+            )
+            densities.append(plan.density() * (end - begin))
+        return torch.stack(densities).sum()
+
+    def _attend_routed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: _Chunks, scale: float,
+        out: torch.Tensor, lse: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        # In the order of the walk, read without looking up where each key lies.
+        sorted_k, sorted_v = (chunks.in_order(each) for each in (k, v))
+        rows = q if q.stride(-1) == 1 else q.contiguous()
+        partial_bytes = _turn_bytes(q.device) - _turn_bytes(q.device) // SELECTED_SHARE
+        attended = []
+        for begin, end, marks in self._marked(q, k, chunks):
+            part = slice(begin, end)
+            attended.append(
+                attend_marked(
+                    rows[:, part], sorted_k, sorted_v, marks, chunks.offsets, scale,
+                    out[:, part], lse[..., part], partial_bytes,
+                )
+            )  # fmt: skip
+        return torch.stack(attended).sum() / (q.shape[0] * q.shape[2] * k.shape[1])
+
+    def _routes_rightly(self, q: torch.Tensor) -> bool:
+        """Whether the GPU's path gives what the plan gives, on a small case, tried once.
+
+        The case has the device, dtype, head dimension and way of selecting of the call.
+        """
+        config = self.config
+        how = (config.moba_select_mode, config.moba_threshold_type)
+        case = (q.device, q.dtype, q.shape[-1], *how)
+        if case not in _verdicts:
+            try:
+                _verdicts[case] = self._try_routed(q)
+            except torch.cuda.OutOfMemoryError:
+                return False  # asked again next time
+        return _verdicts[case]
+
+    def _try_routed(self, q: torch.Tensor) -> bool:
+        generator = torch.Generator(q.device).manual_seed(0)
+        shape = (1, math.prod(TRIAL_GRID), 2, q.shape[-1])
+        q, k, v = (
+            torch.randn(shape, dtype=q.dtype, device=q.device, generator=generator) for _ in "qkv"
+        )
+        chunks = _visible_chunks(TRIAL_GRID, TRIAL_RULE, 0, 0, q.device)
+        scale = q.shape[-1] ** -0.5
+        outs, words = [], "differs from the plan"
+        for attend in (partial(self._attend_plainly, provider="reference"), self._attend_routed):
+            out = torch.empty(shape, dtype=q.dtype, device=q.device)
+            lse = torch.empty(1, 2, shape[1], dtype=torch.float32, device=q.device)
+            try:
+                attend(q, k, v, chunks, scale, out, lse)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as failure:
+                words = f"failed: {type(failure).__name__}: {failure}"[:300]
+                out.fill_(math.nan)
+            outs.append(out.float())
+        # Not "greater than": a NaN must fail. A share met exactly may round to one chunk more.
+        right = bool((outs[1] - outs[0]).norm() < 5e-2 * outs[0].norm())
+        if not right:
+            _log.warning(
+                "vmoba_attn: a small case of its GPU path on %s, %s, head dimension %d %s: plans "
+                "are run plainly, which is slower",
+                q.device, q.dtype, q.shape[-1], words,
+            )  # fmt: skip
+        return right
+
+    def _marked(
+        self, q: torch.Tensor, k: torch.Tensor, chunks: _Chunks
+    ) -> Iterator[tuple[int, int, Marks]]:
+        """As :meth:`_selected`, marked: the chunks and the text."""
+        config = self.config
+        blocks = chunks.number + int(chunks.has_text)
+        fused = (config.moba_select_mode, config.moba_threshold_type) == ("threshold", "query_head")
+        if not fused or blocks > LONGEST_ROW:
+            for begin, end, lists in self._selected(q, k, chunks):
+                yield begin, end, mark_lists(*chunks.with_text(*lists), blocks)
+            return
+        means, queries = _means(k, chunks), q.shape[1]
+        # A score, a mark, a pair and parts of counts for each chunk.
+        step = _queries_per_turn(q, chunks, 12 * blocks)
+        for begin in range(0, queries, step):
+            end = min(begin + step, queries)
+            scores = _scores(q[:, begin:end], means)
+            own = chunks.of_token[begin:end]
+            yield begin, end, mark_share(scores, own, chunks.sizes, config.moba_threshold, blocks)
 
     def _selected(
         self, q: torch.Tensor, k: torch.Tensor, chunks: _Chunks
@@ -113,24 +237,14 @@ class VmobaAttention:
             return select_share(scores, own, chunks.sizes, self.config.moba_threshold, pool)
 
         whole = None if pool == "query_head" else select(0, queries)
-        step = _queries_per_turn(q, chunks, whole)
+        # Scores and what torch makes of them, lists, marks and pairs.
+        step = _queries_per_turn(q, chunks, 60 * (chunks.number + 1))
         for begin in range(0, queries, step):
             end = min(begin + step, queries)
             if whole is None:
                 yield begin, end, select(begin, end)
             else:
                 yield begin, end, (whole[0][:, :, begin:end], whole[1][:, :, begin:end])
-
-
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockSparsePlan, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Attention by a plan of single queries: out, lse, and who computed it."""
-    provider = which_provider(plan, q, k, v).name
-    if provider == "reference":
-        out, lse = block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True)
-        return out, lse, provider
-    return *routed_attention(q, k, v, plan, scale), "triton (routed by chunk)"
 
 
 def _kind(config: VmobaConfig, call: AttentionCall) -> Kind:
@@ -168,14 +282,21 @@ def _scores(q: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     return q.transpose(1, 2).to(means.dtype) @ means
 
 
-def _queries_per_turn(q: torch.Tensor, chunks: _Chunks, whole: Lists | None) -> int:
-    """How many queries fit into TURN_BYTES: the scores and maps of their chunks, and the partial
-    results of as many chunks as a query can get."""
-    topk = chunks.rule.topk
-    most = chunks.number if whole is not None or not topk else min(topk, chunks.number)
-    partial = (most + 1) * (q.shape[3] * q.element_size() + 48)
-    each = q.shape[0] * q.shape[2] * (partial + (chunks.number + 1) * 48)
-    return max(1, TURN_BYTES // each)
+def _queries_per_turn(q: torch.Tensor, chunks: _Chunks, each: int) -> int:
+    """How many queries' selections fit into their share of a turn, at so many bytes per head.
+
+    Pairs of a query and a block are counted in int32.
+    """
+    rows = q.shape[0] * q.shape[2]
+    room = _turn_bytes(q.device) // SELECTED_SHARE // (rows * each)
+    return max(1, min(room, (2**31 - 1) // (rows * (chunks.number + 1))))
+
+
+def _turn_bytes(device: torch.device) -> int:
+    """An eighth of a GPU's memory, used or not, so that it is the same at every call."""
+    if device.type != "cuda":
+        return TURN_BYTES
+    return max(TURN_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
 
 
 # --- the chunks of a sequence ---------------------------------------------------------------------
@@ -203,16 +324,27 @@ class _Chunks:
         """int32 ``[B | 1, 1, C]``: visible keys of each chunk."""
         return self.offsets.diff(dim=-1)[..., : self.number]
 
+    def in_order(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A tensor ``[B, S, H, D]`` in the order of the walk."""
+        order = self.permutation[:, 0].long()
+        if order.shape[0] == 1:
+            return tokens.index_select(1, order[0])
+        item = torch.arange(order.shape[0], device=order.device)
+        return tokens[item[:, None], order].contiguous()
+
+    def with_text(self, indices: torch.Tensor, counts: torch.Tensor) -> Lists:
+        """The lists and the text: the block after the last chunk, so they stay ascending."""
+        if not self.has_text:
+            return indices, counts
+        room = torch.zeros_like(indices[..., :1])
+        indices = torch.cat((indices, room), dim=-1)
+        return indices.scatter_(-1, counts.long()[..., None], self.number), counts + 1
+
     def plan_of_lists(
         self, queries: int, indices: torch.Tensor, counts: torch.Tensor
     ) -> BlockSparsePlan:
         """Each query attends to the chunks of its list, and to the text."""
-        if self.has_text:
-            # The text is the block after the last chunk, so the lists stay ascending.
-            room = torch.zeros_like(indices[..., :1])
-            indices = torch.cat((indices, room), dim=-1)
-            indices.scatter_(-1, counts.long()[..., None], self.number)
-            counts = counts + 1
+        indices, counts = self.with_text(indices, counts)
         each = torch.arange(queries + 1, dtype=torch.int32, device=self.of_token.device)
         return BlockSparsePlan(
             query_length=queries,

@@ -151,6 +151,9 @@ class VmobaConfig(ScheduledConfig):
             )
         return self
 
+    def key_of(self, option: str) -> str:
+        return {"dense_steps": "first_full_step", "dense_layers": "first_full_layer"}[option]
+
     @property
     def cycle(self) -> dict[Kind, int]:
         """The kinds that a cycle uses, in order, and how many layers of each."""
