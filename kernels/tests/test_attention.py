@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,11 +24,13 @@ import polyattn_kernels
 from polyattn_kernels import (
     AttentionInputError,
     BlockSparsePlan,
+    PlanError,
     ProviderError,
     attention,
     block_sparse_attention,
     which_provider,
 )
+from polyattn_kernels._triton_support import triton_reasons
 from polyattn_kernels.providers import fa4, flex, reference
 
 TOLERANCE = {
@@ -243,6 +248,13 @@ def tensors(**changes: Any) -> dict[str, Any]:
         ({"plan": short_plan(heads=3)}, "3 heads"),
         ({"scale": math.nan}, "scale must be a finite number"),
         ({"scale": math.inf}, "scale must be a finite number"),
+        ({"scale": 3e38}, "scale must be a finite number, .* found 3e[+]38"),
+        ({"scale": "1"}, "scale must be a finite number, found '1'"),
+        ({"q": None}, "q must be a tensor, found NoneType"),
+        (
+            {name: torch.zeros(2, 4, n, 8) for name, n in (("q", 20), ("k", 24), ("v", 24))},
+            r"20 queries and 24 keys, found 4 and 4\n  Try: q.transpose\(1, 2\)",
+        ),
     ],
 )
 def test_arguments_that_nobody_could_take_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -268,6 +280,36 @@ def test_on_a_cpu_the_reference_runs() -> None:
         which_provider(arguments["plan"], arguments["q"], arguments["q"], arguments["v"])
 
 
+def test_a_wrong_plan_is_named_on_a_cpu() -> None:
+    plan = random_plan(0, permute_keys=True)
+    q, k, v = random_tensors(plan)
+    indices = torch.where(plan.key_indices == plan.key_indices[0, 0, 1, 0], 10**6, plan.key_indices)
+    with pytest.raises(PlanError, match="key_indices must be .* found 1000000 at"):
+        block_sparse_attention(q, k, v, replace(plan, key_indices=indices))
+    with pytest.raises(PlanError, match="key_permutation must hold"):
+        order = torch.full_like(plan.key_permutation, -7)
+        block_sparse_attention(q, k, v, replace(plan, key_permutation=order))
+
+
+def test_what_the_gradient_error_advises_runs() -> None:
+    plan = random_plan(0)
+    q, k, v = random_tensors(plan, poison=False)
+    with pytest.raises(AttentionInputError) as caught:
+        block_sparse_attention(q.requires_grad_(), k, v, plan)
+    advice = re.search(r"reference\.run\(q, k, v, plan, (.*), (.*)\)", str(caught.value))
+    assert advice is not None
+    reference.run(q, k, v, plan, float(advice[1]), advice[2] == "True")[0].sum().backward()
+    assert q.grad is not None
+
+
+def test_a_kernel_that_cannot_be_interpreted_does_not_advise_it() -> None:
+    meta = torch.empty(1, device="meta")
+    assert any("TRITON_INTERPRET=1" in reason for reason in triton_reasons(meta)) or (
+        os.environ.get("TRITON_INTERPRET") == "1"
+    )
+    assert not any("INTERPRET" in reason for reason in triton_reasons(meta, interpretable=False))
+
+
 def test_a_name_that_is_no_provider_is_refused_with_those_there_are() -> None:
     with pytest.raises(ProviderError, match="'tritton'; there are auto, reference, hopper, triton"):
         block_sparse_attention(**tensors(provider="tritton"))
@@ -290,7 +332,7 @@ def two_providers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         return torch.full_like(q, 7), None
 
     first = SimpleNamespace(NAME="first", reasons=lambda *_: why["first"], run=run)
-    monkeypatch.setattr(attention, "automatic_order", lambda _: ("first", "reference"))
+    monkeypatch.setattr(attention, "automatic_order", lambda *_: ("first", "reference"))
     load = attention.load
     monkeypatch.setattr(attention, "load", lambda name: first if name == "first" else load(name))
     return why
@@ -369,6 +411,30 @@ def test_compiles_without_a_graph_break(kind: Any) -> None:
         torch.testing.assert_close(compiled(q, k, v, plan), attend(q, k, v, plan))
     assert len(graphs) == 1
     assert "polyattn_kernels.block_sparse_attention" in graphs[0].print_readable(False)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_errors_are_told_from_inside_a_compiled_function() -> None:
+    plan = BlockSparsePlan.full(query_length=100, key_length=100)
+    attend = torch.compile(
+        lambda q: block_sparse_attention(q, q, q, plan), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="for 100 queries and 100 keys, found 90 and 90"):
+        attend(torch.randn(1, 90, 2, 16))
+    static = torch.compile(
+        lambda q: BlockSparsePlan.from_static(
+            [[True]], query_length=16, key_length=16, query_block=16, key_block=16
+        ).density(),
+        fullgraph=True,
+        backend="eager",
+    )
+    with pytest.raises(Exception, match=r"outside of torch\.compile"):
+        static(torch.randn(1))
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    error = pickle.loads(pickle.dumps(AttentionInputError("what", hint="this")))
+    assert (str(error), error.message, error.hint) == ("what\n  Try: this", "what", "this")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -90,7 +90,7 @@ def test_a_part_that_outweighs_the_other_by_far_is_the_result() -> None:
 
 
 def test_a_broken_part_is_not_hidden() -> None:
-    for bad in (state(1.0, math.nan), state(math.nan, 0.0)):
+    for bad in (state(1.0, math.nan), state(math.nan, 0.0), state(1.0, math.inf)):
         out, _ = merge_attention_states(*bad, *state(1.0, 0.0))
         assert out.isnan().all()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from strategies import plans, random_plan, token_lists, token_mask, tokens_of_blocks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polyattn_kernels import BlockSparsePlan, PlanError
+from polyattn_kernels import BlockSparsePlan, PlanError, select_top_k
 from polyattn_kernels import plan as plan_module
 
 UNIFORM = {"query_block": 16, "key_block": 32}
@@ -139,10 +142,11 @@ def test_a_mask_that_breaks_the_promised_capacity_is_an_error() -> None:
         (torch.ones(1, 1, 2, 3), "must be bool"),
         (torch.ones(2, 3, dtype=torch.bool), "must be bool"),
         (torch.ones(1, 1, 2, 4, dtype=torch.bool), "4 key blocks"),
-        (torch.ones(1, 1, 3, 3, dtype=torch.bool), "key_counts must be"),
+        (torch.ones(1, 1, 3, 3, dtype=torch.bool), "block_mask has 3 query blocks .* make 2 and 3"),
+        ([[[[True]]]], r"must be a tensor, found list\n  Try: torch.as_tensor\(block_mask\)"),
     ],
 )
-def test_masks_that_do_not_fit_are_refused(mask: torch.Tensor, said: str) -> None:
+def test_masks_that_do_not_fit_are_refused(mask: Any, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         BlockSparsePlan.from_mask(mask, query_length=32, key_length=96, **UNIFORM)
 
@@ -180,6 +184,53 @@ def test_from_indices_refuses(bad: str) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("indices", "counts", "said"),
+    [
+        ([[[[0]]]], None, "indices must be a tensor, found list"),
+        (torch.zeros(1, 1, 3, 1).int(), None, r"indices must be .* 2, 1 to 3\], .* \[1, 1, 3, 1\]"),
+        (torch.zeros(1, 1, 2, 4).int(), None, r"1 to 3\], .* found \[1, 1, 2, 4\]"),
+        (torch.zeros(1, 1, 2, 0).int(), None, r"1 to 3\], .* found \[1, 1, 2, 0\]"),
+        (torch.zeros(2, 1, 2, 1).int(), torch.ones(3, 1, 2).int(), r"counts .* found \[3, 1, 2\]"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(indices: Any, counts: Any, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        BlockSparsePlan.from_indices(indices, counts, query_length=32, key_length=96, **UNIFORM)
+
+
+def test_numbers_past_32_bits_stay_wrong() -> None:
+    lengths = {"query_length": 16, "key_length": 16, "query_block": 16, "key_block": 16}
+    for number in (2**32, -(2**32)):
+        plan = BlockSparsePlan.from_indices(torch.tensor([[[[number]]]]), **lengths)
+        with pytest.raises(PlanError, match="key_indices must be from 0 to 0"):
+            plan.validate()
+        counts = torch.tensor([[[number + 1]]])
+        plan = BlockSparsePlan.from_indices(torch.tensor([[[[0]]]]), counts, **lengths)
+        with pytest.raises(PlanError, match="key_counts"):
+            plan.validate()
+
+
+def test_a_plan_of_a_selection() -> None:
+    selection = select_top_k(torch.randn(2, 3, 4, 5), 2)
+    lengths = {"query_length": 60, "key_length": 150}
+    plan = BlockSparsePlan.from_selection(selection, **lengths, **UNIFORM).validate()
+    assert torch.equal(plan.to_block_mask(), selection.to_mask())
+    with pytest.raises(PlanError, match="selection has 4 query .* 5 key blocks; .* make 4 and 4"):
+        BlockSparsePlan.from_selection(selection, query_length=60, key_length=128, **UNIFORM)
+    with pytest.raises(PlanError, match="found a Tensor\n  Try: BlockSparsePlan.from_mask"):
+        BlockSparsePlan.from_selection(selection.to_mask(), **lengths, **UNIFORM)  # type: ignore[arg-type]
+
+
+def test_unknown_arguments_are_named() -> None:
+    for build in (
+        BlockSparsePlan.full,
+        partial(BlockSparsePlan.from_mask, torch.ones(1, 1, 1, 1) > 0),
+    ):
+        with pytest.raises(PlanError, match="no argument q_block; .*query_block"):
+            build(query_length=16, key_length=16, q_block=16)  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class Band:
     """A pattern that is told apart by value."""
@@ -214,6 +265,54 @@ def test_a_static_pattern_may_differ_by_head() -> None:
     plan = BlockSparsePlan.from_static(pattern, **STATIC)
     assert plan.heads == 2
     assert entries(plan)[0][1] == [[i] for i in range(7)]
+
+
+def test_a_static_pattern_may_broadcast() -> None:
+    plan = BlockSparsePlan.from_static(lambda queries, keys: keys < 2, **STATIC)
+    assert entries(plan) == [[[[0, 1]] * 7]]
+
+
+def test_a_static_pattern_may_build_a_static_plan() -> None:
+    def around(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        band = BlockSparsePlan.from_static(Band(1), **STATIC)
+        return band.to_block_mask()[0, 0] | (keys == 0)
+
+    found: list[BlockSparsePlan] = []
+    build = lambda: found.append(BlockSparsePlan.from_static(around, **STATIC))  # noqa: E731
+    thread = threading.Thread(target=build, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert entries(found[0])[0][0][3] == [0, 2, 3, 4]
+
+
+def test_threads_get_one_static_plan_and_do_not_wait_for_another_pattern() -> None:
+    cache, started, finish = plan_module._Cache(most=4), threading.Barrier(3), threading.Event()
+    small = partial(BlockSparsePlan.full, query_length=16, key_length=16)
+
+    def slow() -> BlockSparsePlan:
+        started.wait(60)
+        finish.wait(60)
+        return small()
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(cache.get, "slow", slow) for _ in range(2)]
+        started.wait(60)
+        cache.get("other", small)
+        finish.set()
+        assert both[0].result(60) is both[1].result(60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"query_block": 0}, "query_block must be at least 16, found 0"),
+        ({"query_length": 0}, "query_length must be at least 1, found 0"),
+        ({"key_block": 16.0}, "key_block must be an int, found 16.0"),
+    ],
+)
+def test_static_plans_have_sizes(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        BlockSparsePlan.from_static(Band(1), **{**STATIC, **changes})
 
 
 def test_the_cache_of_static_plans_is_bounded_and_keeps_what_was_used_last() -> None:
@@ -253,7 +352,17 @@ def test_static_plans_of_a_tracer_are_not_kept() -> None:
     [
         (lambda queries, keys: torch.ones(7, 6, dtype=torch.bool), "7 query blocks"),
         (lambda queries, keys: torch.ones(7, 7), "bool"),
-        ([[True] * 7] * 6 + [[True]], "differ in length"),
+        ([[True] * 7] * 6 + [[True]], r"must have 7 rows of 7, found 7 rows of \[1, 7\]"),
+        ([[True] * 7], r"must have 7 rows of 7, found 1 rows of \[7\]"),
+        (torch.ones(2, 3, 1, 1, dtype=torch.bool), "a table of Mq rows"),
+        (
+            lambda queries, keys: torch.ones(2, 3, 1, 1, dtype=torch.bool),
+            r"found bool \[2, 3, 1, 1",
+        ),
+        (lambda queries, keys: torch.ones(0, 7, 7, dtype=torch.bool), r"found bool \[0, 7, 7\]"),
+        (lambda queries, keys: True, "must be bool .* found True"),
+        (torch.ones(2, 7, 7, dtype=torch.bool), "a table of Mq rows .* found a Tensor"),
+        (None, "a table of Mq rows .* found a NoneType"),
         (type("Unhashable", (), {"__call__": Band.__call__, "__hash__": None})(), "hashable"),
     ],
 )
@@ -286,7 +395,7 @@ def test_dense_spans_reach_every_block_that_holds_one_of_their_tokens(
         return [(start, rng.randint(start + 1, length))] * rng.randint(0, 1)
 
     keys, queries = span(plan.key_length), span(plan.query_length)
-    dense = plan.with_dense_blocks(key_blocks=keys, query_blocks=queries).validate()
+    dense = plan.with_dense_blocks(key_spans=keys, query_spans=queries).validate()
     shown = dense.to_block_mask().expand(dense.batch, dense.heads, -1, -1)
     before = plan.to_block_mask().expand_as(shown)
 
@@ -307,16 +416,21 @@ def test_dense_spans_reach_every_block_that_holds_one_of_their_tokens(
 
 def test_dense_spans_take_a_capacity() -> None:
     plan = random_plan(3, density=0.0, key_length=96)
-    dense = plan.with_dense_blocks(key_blocks=[(0, 1)], capacity=2)
+    dense = plan.with_dense_blocks(key_spans=[(0, 1)], capacity=2)
     assert dense.capacity == 2
     with pytest.raises(PlanError, match="capacity=2"):
-        plan.with_dense_blocks(key_blocks=[(0, 96)], capacity=2)
+        plan.with_dense_blocks(key_spans=[(0, 96)], capacity=2)
 
 
 @pytest.mark.parametrize("span", [(3, 3), (5, 4), (-1, 2), (0, 91)])
 def test_dense_spans_outside_of_the_sequence_are_refused(span: tuple[int, int]) -> None:
-    with pytest.raises(PlanError, match="span"):
-        random_plan(0).with_dense_blocks(key_blocks=[span])
+    with pytest.raises(PlanError, match="_spans"):
+        random_plan(0).with_dense_blocks(key_spans=[span])
+
+
+def test_dense_spans_are_pairs() -> None:
+    with pytest.raises(PlanError, match=r"key_spans=\[\(start, stop\)\]"):
+        random_plan(0).with_dense_blocks(key_spans=(0, 77))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["uniform", "ragged", "variable"])
@@ -374,9 +488,19 @@ def test_the_unchanged_plan_is_valid() -> None:
         ({"query_block": None}, "query blocks are either uniform .* found neither"),
         ({"query_offsets": int32(0, 5, 9, 40)}, "found both"),
         ({"key_block": 24}, "key_block must be a positive multiple of 16, found 24"),
-        ({"key_block": 0}, "multiple of 16, found 0"),
-        ({"key_counts": int32(1, 2, 0).long()}, "key_counts must be int32, found int64"),
-        ({"key_counts": int32(1, 2)}, r"key_counts must be .* 3\], found \[1, 1, 2\]"),
+        ({"key_block": 0}, "key_block must be at least 16, found 0"),
+        ({"key_block": 32.0}, "key_block must be an int, found 32.0"),
+        ({"query_length": "40"}, "query_length must be an int, found '40'"),
+        ({"key_indices": None}, "key_indices must be a tensor, found None"),
+        ({"key_lengths": [32, 32]}, "key_lengths must be a tensor, found list"),
+        ({"key_lengths": torch.tensor([32, 32])}, r"Try: key_lengths.int\(\)\[None, None\]$"),
+        ({"key_block": None, "key_offsets": int32(0)}, "key_offsets must be .* at least one block"),
+        (
+            {"key_block": None, "key_offsets": torch.tensor([0, 64])},
+            r"Try: key_offsets\[None, None\]",
+        ),
+        ({"key_counts": int32(1, 2, 0).long()}, r"int32 .*, found int64 .*\n.*key_counts.int\(\)"),
+        ({"key_counts": int32(1, 2)}, r"key_counts must be .* 3\], found int32 \[1, 1, 2\]"),
         ({"key_indices": int32(1, 2, 3)}, "key_indices must be"),
         ({"key_indices": int32([1, 1, 1], [0, 1, 1], [0, 1, 1])}, "room for 3 key blocks"),
         ({"key_indices": int32([], [], [])}, "key_indices is empty"),
@@ -418,13 +542,18 @@ VARIABLE = {"query_block": None, "key_block": None}
             "from 0 to 1: found 2 at batch 0, head 0, query block 0, entry 0",
         ),
         ({"key_indices": int32([1, 0], [-1, 1], [0, 0])}, "found -1 at .* query block 1, entry 0"),
-        ({"key_indices": int32([1, 0], [1, 1], [0, 0])}, "twice: found 1 at .* query block 1"),
-        ({"key_indices": int32([1, 0], [1, 0], [0, 0])}, "ascending: found 0 at .* query block 1"),
+        ({"key_indices": int32([1, 0], [1, 1], [0, 0])}, "twice: found 1 at .* block 1, entry 1"),
+        (
+            {"key_indices": int32([1, 0], [1, 0], [0, 0])},
+            "ascending: found 0 at .* block 1, entry 1",
+        ),
         ({"query_lengths": int32(16, 17, 8)}, "query_lengths .* found 17 at .* query block 1"),
+        ({"query_lengths": int32(16, 16, 9)}, "found 9 at .* query block 2, which has 8 rows"),
         ({"query_lengths": int32(16, 16, 9)}, "query_lengths .* found 9 at .* query block 2"),
         ({"key_lengths": int32(0, -1)}, "key_lengths .* found -1 at .* key block 1"),
         ({"key_permutation": int32(*range(63), 64)}, "from 0 to 63: found 64 at .* position 63"),
-        ({"key_permutation": int32(*range(63), 7)}, "key_permutation repeats a token: found 7 at"),
+        ({"key_permutation": int32(*range(63), 7)}, "repeats a token: found 7 at .* position 63"),
+        ({"key_permutation": int32(*range(62), 5, 5)}, "found 5 at batch 0, head 0, position 62"),
         ({"query_permutation": int32(-1, *range(39))}, "query_permutation .* found -1"),
         (
             {"query_block": None, "query_offsets": int32(1, 2, 3, 40)},
@@ -436,7 +565,7 @@ VARIABLE = {"query_block": None, "key_block": None}
         ),
         (
             {"key_block": None, "key_offsets": int32(0, 65, 64)},
-            "key_offsets decrease at the end of: found 64 at .* key block 1",
+            "key_offsets decrease at the end of a block: found 64 at .* key block 1",
         ),
     ],
 )
@@ -451,6 +580,35 @@ def test_the_first_offender_is_named_by_batch_and_head() -> None:
     counts[1, 2, 1] = 7
     with pytest.raises(PlanError, match="found 7 at batch 1, head 2, query block 1"):
         BlockSparsePlan(**fields(key_counts=counts)).validate()
+
+
+@pytest.mark.parametrize("value", [-(10**6), -1, 10**6])
+@pytest.mark.parametrize("what", ["key_indices", "permutations", "query_offsets", "key_offsets"])
+def test_wrong_values_fail_no_assertion_of_an_index(what: str, value: int) -> None:
+    """On a GPU it would be one on the device, after which nothing runs."""
+    kind: Any = "variable" if what.endswith("offsets") else "uniform"
+    plan = random_plan(2, queries=kind, keys=kind, permute_queries=True, permute_keys=True)
+    changes = {
+        name: torch.where(torch.rand(tensor.shape) < 0.5, tensor, value)
+        for name, tensor in plan.tensors().items()
+        if what in name or (what == "permutations" and "permutation" in name)
+    }
+    wrong = replace(plan, **changes)
+    assert wrong.to_mask().shape == (1, 1, 70, 90)
+    wrong.with_dense_blocks([(0, 9)], [(5, 9)]).to_mask()
+    wrong.density()
+    wrong.to_variable()
+    with pytest.raises(PlanError):
+        wrong.validate()
+
+
+def test_moving_a_plan() -> None:
+    plan = random_plan(3, queries="ragged", keys="variable", permute_keys=True)
+    assert plan.to("cpu") is plan
+    moved = plan.to(torch.device("meta"))
+    assert moved.device.type == "meta"
+    assert list(moved.tensors()) == list(plan.tensors())
+    assert str(moved) == str(plan).replace("cpu", "meta")
 
 
 @given(plan=plans())
@@ -494,8 +652,10 @@ def test_a_drawing_shows_the_share_of_pairs_that_is_attended(tmp_path: Path) -> 
     assert {at % 1024 for at, value in enumerate(first) if value != 255} == {512}
     assert first[512] in (127, 128)
     plan.draw(tmp_path / "plan.png", batch=5)  # shared by all items
-    with pytest.raises(PlanError, match="head 2 of a plan with 2"):
+    with pytest.raises(PlanError, match="no head 2: the plan has 2, numbered from 0"):
         plan.draw(tmp_path / "plan.png", head=2)
+    with pytest.raises(PlanError, match="cannot write .*nowhere"):
+        plan.draw(tmp_path / "nowhere" / "plan.png")
 
 
 def test_drawing_without_pillow_says_what_to_install(

@@ -191,13 +191,32 @@ def test_the_torch_path_is_differentiable(variable: bool) -> None:
     assert torch.autograd.gradcheck(lambda t: pool_blocks(t, block=block, offsets=offsets)[0], x)
 
 
+def test_a_block_has_no_negative_number_of_tokens(provider: str) -> None:
+    x = torch.randn(1, 8, 2, 4, device=DEVICE)
+    for arguments, expected in (
+        ({"block": 4, "lengths": [-3, 2]}, [0, 2]),
+        ({"offsets": [0, 6, 4, 8]}, [6, 0, 4]),
+    ):
+        tensors = {
+            name: torch.tensor([[each]], dtype=torch.int32, device=DEVICE)
+            if isinstance(each, list)
+            else each
+            for name, each in arguments.items()
+        }
+        means, counts = pool_blocks(x, provider=provider, **tensors)  # type: ignore[arg-type]
+        assert counts.flatten().tolist() == expected
+        for block, count in enumerate(expected):
+            assert count or not means[:, block].any()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x = torch.zeros(1, 8, 2, 4)
     integers = torch.zeros(1, 1, 3, dtype=torch.int32)
     for arguments, message in (
         ({}, "found neither"),
         ({"block": 4, "offsets": integers}, "found both"),
-        ({"block": 0}, "at least 1 token"),
+        ({"block": 0}, "block must be at least 1, found 0"),
+        ({"block": 4.0}, "block must be an int, found 4.0"),
         ({"block": 4, "lengths": integers}, r"lengths must be \[B\|1, H\|1, 2\]"),
         ({"offsets": integers, "lengths": integers}, "belong to uniform"),
         ({"offsets": integers.long()}, "offsets must be int32"),

@@ -54,9 +54,12 @@ def test_against_the_oracle(
     assert_matches((out, None), expected, dtype, magnitude=2.0)
 
 
-def test_the_automatic_order_ends_with_what_serves_everything() -> None:
-    for device in ("cpu", "cuda"):
-        order = automatic_order(device)
-        assert order[-1] == "reference"
-        assert set(order) <= set(PROVIDERS)
-    assert set(automatic_order("cuda")) == set(PROVIDERS)
+@pytest.mark.parametrize("block", [64, 128])
+def test_the_automatic_order_ends_with_what_serves_everything(block: int) -> None:
+    plan = random_plan(1, query_block=block, key_block=block)
+    assert automatic_order("cpu", plan, 128) == ("reference",)
+    order = automatic_order("cuda", plan, 128)
+    assert order[-1] == "reference"
+    assert set(order) == set(PROVIDERS)
+    assert order[0] == ("fa4" if block == 128 else "hopper")
+    assert automatic_order("cuda", plan, 64)[0] == "hopper"

@@ -238,9 +238,21 @@ def test_what_cannot_be_is_refused() -> None:
         (lambda: select_top_p(scores, 0.0), r"\(0, 1\]"),
         (lambda: select_top_p(scores, 1.5), r"\(0, 1\]"),
         (lambda: select_top_p(scores, 0.5, minimum_ratio=2.0), "minimum_ratio"),
-        (lambda: select_top_p(scores, 0.5, minimum_count=3, maximum_count=2), "minimum 3 and"),
+        (lambda: select_top_k(scores, 2.5), "k must be an int, found 2.5"),
+        (
+            lambda: select_top_p(scores, 0.5, minimum_count=3, maximum_count=2),
+            "maximum_count must not be below minimum_count, found 2 and 3",
+        ),
+        (
+            lambda: select_top_p(scores, 0.5, minimum_ratio=0.8, maximum_count=2),
+            "minimum_ratio=0.8 asks for at least 3 of 4 blocks, maximum_count for at most 2",
+        ),
+        (lambda: select_top_p(scores, 0.5, maximum_count=0), "maximum_count must be at least 1"),
         (lambda: select_threshold(scores, NAN), "found nan"),
-        (lambda: select_threshold(scores, 0.0, minimum_count=-1), "found minimum -1"),
+        (
+            lambda: select_threshold(scores, 0.0, minimum_count=-1),
+            "minimum_count must be at least 0",
+        ),
     ):
         with pytest.raises(AttentionInputError, match=message):
             call()

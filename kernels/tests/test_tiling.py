@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,24 @@ def test_layouts_of_both_providers(
         assert torch.equal(built.unpack(packed, provider=provider), x)
 
 
+def test_a_tiling_in_words() -> None:
+    built = Tiling.of((3, 4, 5), (2, 2, 2), text_after=3)
+    assert repr(built) == (
+        "Tiling((3, 4, 5) in tiles of (2, 2, 2), text 0 + 3: 63 tokens in 13 blocks of 8; cpu)"
+    )
+    assert "text" not in repr(Tiling.of((3, 4, 5), (2, 2, 2)))
+
+
+def test_a_tiling_made_in_inference_mode_serves_outside_of_it() -> None:
+    with torch.inference_mode():
+        built = Tiling.of((3, 4, 7), (2, 2, 3))
+    assert not built.permutation.is_inference()
+
+
 def test_equal_values_share_one_tiling() -> None:
+    assert Tiling.of((3, 4, 5), (2, 2, 2), text_after=3) is tiling(
+        (3, 4, 5), (2, 2, 2), text_after=3
+    )
     first = tiling((3, 4, 5), (2, 2, 2), text_after=3)
     assert tiling([3, 4, 5], [2, 2, 2], text_after=3, device=torch.device("cpu")) is first
     assert tiling((3, 4, 5), (2, 2, 2), text_before=3) is not first
@@ -138,10 +156,11 @@ def test_equal_values_share_one_tiling() -> None:
         ((4, 4, 4), (1, 0, 1), 0),
         ((4, 4, 4), (1, 1, 1.5), 0),
         ((4, 4, 4), (1, 1, 1), -1),
+        ((4, 4, 4), (1, 1, 1), [2]),
     ],
 )
 def test_impossible_sizes_are_refused(
-    grid: tuple[int, ...], tile: tuple[int, ...], text: int
+    grid: tuple[int, ...], tile: tuple[int, ...], text: Any
 ) -> None:
     with pytest.raises(AttentionInputError, match="found"):
         tiling(grid, tile, text_before=text)

@@ -26,13 +26,17 @@ __all__ = [
 TESTED_TRITON = ("3.6",)  # with which Triton's experimental parts were run on a GPU
 
 
-def triton_reasons(*tensors: torch.Tensor) -> list[str]:
-    """Why Triton cannot serve these tensors (empty = it can). No host synchronisation."""
+def triton_reasons(*tensors: torch.Tensor, interpretable: bool = True) -> list[str]:
+    """Why Triton cannot serve these tensors (empty = it can). No host synchronisation.
+
+    ``interpretable=False`` is for kernels that Triton's interpreter cannot run: tensors on a CPU
+    are then no matter of this function.
+    """
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed; pip install triton")
     device = tensors[0].device.type
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if interpretable and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append(
             f"Triton kernels need CUDA or ROCm tensors, found {device}; set TRITON_INTERPRET=1 "
             "before the first import of Triton to interpret them on the CPU"

@@ -21,6 +21,7 @@ __all__ = ["ProviderChoice", "block_sparse_attention", "which_provider"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_CHANNELS = 256
+LARGEST_SCALE = torch.finfo(torch.float32).max / math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ def block_sparse_attention(
             ``h // (H // Hkv)``.
         v: as k.
         plan: for Sq queries and Sk keys, B batch items or 1, H heads or 1, on the device of q.
-            Its values are trusted; :meth:`BlockSparsePlan.validate` checks them.
-        scale: what scores are multiplied by, any finite number; ``1 / sqrt(D)`` if None.
+            On a GPU its values are trusted, and wrong ones give wrong numbers;
+            :meth:`BlockSparsePlan.validate` checks them.
+        scale: what scores are multiplied by, any number that float32 holds as a finite one, and its
+            product with log2(e) too; ``1 / sqrt(D)`` if None.
         return_lse: also return the log-sum-exp of the scaled scores.
-        provider: ``auto``, or one of ``triton``, ``fa4``, ``flex``, ``reference``, which then runs
-            or is an error. :func:`which_provider` tells what ``auto`` does.
+        provider: ``auto``, or one of ``hopper``, ``triton``, ``fa4``, ``flex``, ``reference``,
+            which then runs or is an error. :func:`which_provider` tells what ``auto`` does.
 
     Returns:
         out ``[B, Sq, H, D]`` in the dtype of q, and with ``return_lse`` also lse ``[B, H, Sq]``
@@ -69,18 +72,28 @@ def block_sparse_attention(
 
     Raises:
         AttentionInputError: for tensors that no provider could take, or that need a gradient.
+        PlanError: for wrong values in a plan, where the reference runs on a CPU and checks them.
         ProviderError: for a named provider that cannot serve the call, with all its reasons.
     """
     _check_arguments(q, k, v, plan)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if not isinstance(scale, (int, float)):
+        raise AttentionInputError(
+            f"scale must be a finite number, found {scale!r}", hint="scale=float(...)"
+        )
+    if not abs(scale) <= LARGEST_SCALE:
+        raise AttentionInputError(
+            f"scale must be a finite number, and so its product with log2(e) in float32, found "
+            f"{scale}"
+        )
+    scale = float(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise AttentionInputError(
             "block_sparse_attention is forward only, and q, k or v needs a gradient",
             hint="with torch.no_grad(): ..., or polyattn_kernels.providers.reference.run(q, k, v, "
-            "plan, scale, return_lse), which is differentiable and slow",
+            f"plan, {scale}, {return_lse}), which is differentiable and slow",
         )
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise AttentionInputError(f"scale must be a finite number, found {scale}")
     if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
         tensors = [getattr(plan, name) for name in _PLAN_TENSORS]
         out, lse = _operator(
@@ -94,7 +107,10 @@ def block_sparse_attention(
 def which_provider(
     plan: BlockSparsePlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> ProviderChoice:
-    """What ``provider="auto"`` takes for these tensors, and why not another. Runs nothing.
+    """What ``provider="auto"`` takes for these tensors, and why none of those it tries before.
+
+    Attends to nothing. The first time, a provider may import its package, or compile and run a
+    small case of its own, which waits for the device.
 
     Raises:
         AttentionInputError: for tensors that no provider could take.
@@ -107,7 +123,7 @@ def _choose(
     plan: BlockSparsePlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> ProviderChoice:
     passed_over: dict[str, tuple[str, ...]] = {}
-    for name in automatic_order(q.device.type):
+    for name in automatic_order(q.device.type, plan, q.shape[-1]):
         why = load(name).reasons(plan, q, k, v)
         if not why:
             return ProviderChoice(name, passed_over)
@@ -121,6 +137,8 @@ def _check_arguments(
     if not isinstance(plan, BlockSparsePlan):
         raise AttentionInputError(f"plan must be a BlockSparsePlan, found {type(plan).__name__}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise AttentionInputError(f"{name} must be a tensor, found {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise AttentionInputError(
                 f"{name} must be [batch, tokens, heads, channels], found {list(tensor.shape)}"
@@ -141,17 +159,20 @@ def _check_arguments(
             f"q [B, Sq, H, D], k and v [B, Sk, Hkv, D] do not fit together: {list(q.shape)}, "
             f"{list(k.shape)}, {list(v.shape)}"
         )
+    lengths = (plan.query_length, plan.key_length)
+    if (queries, k.shape[1]) != lengths:
+        transposed = (heads, k.shape[2]) == lengths
+        raise AttentionInputError(
+            f"the plan is for {lengths[0]} queries and {lengths[1]} keys, found {queries} and "
+            f"{k.shape[1]}",
+            hint="q.transpose(1, 2), and k and v likewise" if transposed else None,
+        )
     if not 1 <= dim <= MOST_CHANNELS:
         raise AttentionInputError(f"head dimension must be 1 to {MOST_CHANNELS}, found {dim}")
     if batch < 1 or k.shape[2] < 1 or heads % k.shape[2] or heads < 1:
         raise AttentionInputError(
             f"there must be a batch item, and query heads a multiple of key heads: batch {batch}, "
             f"{heads} query heads, {k.shape[2]} key heads"
-        )
-    if (plan.query_length, plan.key_length) != (queries, k.shape[1]):
-        raise AttentionInputError(
-            f"the plan is for {plan.query_length} queries and {plan.key_length} keys, found "
-            f"{queries} and {k.shape[1]}"
         )
     if plan.batch not in (1, batch) or plan.heads not in (1, heads):
         raise AttentionInputError(

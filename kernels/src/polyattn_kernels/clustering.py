@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from polyattn_kernels._triton_support import choose_provider
-from polyattn_kernels.errors import AttentionInputError
+from polyattn_kernels.errors import AttentionInputError, require_int
 from polyattn_kernels.plan import BlockGeometry, BlockSparsePlan
 from polyattn_kernels.pooling import pool_blocks
 from polyattn_kernels.selection import BlockSelection
@@ -102,8 +102,7 @@ def kmeans(
             that nothing can be below.
     """
     _check_centroids(x, centroids)
-    if iterations < 1:
-        raise AttentionInputError(f"iterations must be at least 1, found {iterations}")
+    require_int("iterations", iterations)
     if tolerance is not None and not tolerance > 0:
         raise AttentionInputError(f"tolerance must be a distance above 0, found {tolerance}")
     clusters = centroids.shape[1]
@@ -148,8 +147,7 @@ def random_centroids(
         raise AttentionInputError(
             f"x must be [B, S, H, D] with at least one token, found shape {list(x.shape)}"
         )
-    if clusters < 1:
-        raise AttentionInputError(f"clusters must be at least 1, found {clusters}")
+    require_int("clusters", clusters)
     batch, length, heads, width = x.shape
     device = x.device if generator is None else generator.device
     drawn = torch.randint(length, (batch, clusters, heads), generator=generator, device=device).to(
@@ -281,12 +279,8 @@ def plan_from_groups(
         return BlockSparsePlan.from_mask(
             selection, query_length=query_length, key_length=key_length, **geometry
         )
-    return BlockSparsePlan(
-        query_length=query_length,
-        key_length=key_length,
-        key_counts=selection.key_counts,
-        key_indices=selection.key_indices,
-        **geometry,
+    return BlockSparsePlan.from_selection(
+        selection, query_length=query_length, key_length=key_length, **geometry
     )
 
 

@@ -37,7 +37,8 @@ def merge_attention_states(
     Returns:
         ``out`` in the dtype of the parts (weighed in float32, or float64 for float64) and ``lse``
         float32. A part whose weight is zero is not read, so it may hold NaN where its lse is -inf.
-        Where both are -inf, the result is zeros and -inf. A NaN in an lse reaches the result.
+        Where both are -inf, the result is zeros and -inf. A NaN in an lse reaches the result, and
+        an lse of +inf, which attention over finite scores does not give, makes NaN.
 
     Raises:
         AttentionInputError: for shapes, dtypes or devices that do not fit together.

@@ -28,8 +28,9 @@ def gather_tokens(
 
     x ``[B, S, H, D]``, index int32 ``[B|1, H|1, P]``; returns a contiguous ``[B, P, H, D]``.
     ``checked=True`` synchronises with the device and refuses entries outside -1..S-1 with an
-    AttentionInputError. Unchecked, such entries fail as torch's own indexing does on the torch
-    path and give zeros on the Triton path; neither reads outside x.
+    AttentionInputError. Unchecked, entries below -1 give zeros too; those from S up give zeros on
+    the Triton path and fail as torch's own indexing does on the torch path. Neither reads outside
+    x.
     """
     check_index(x, index)
     if checked:

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import torch
+import torch.nn.functional as F
 
-from polyattn_kernels.errors import PlanError
+from polyattn_kernels.errors import PlanError, require_int
+from polyattn_kernels.selection import BlockSelection
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -190,7 +192,8 @@ class BlockSparsePlan:
         if offsets is not None:
             # The last block that starts at or before the position: empty blocks own none.
             where = positions.expand(*offsets.shape[:2], tokens).contiguous()
-            return torch.searchsorted(offsets.long(), where, right=True) - 1
+            blocks = torch.searchsorted(offsets.long(), where, right=True) - 1
+            return blocks.masked_fill(blocks == offsets.shape[-1] - 1, -1)  # ends too early
         blocks = (positions // block)[None, None]
         lengths: torch.Tensor | None = getattr(self, f"{side}_lengths")
         if lengths is None:
@@ -206,15 +209,16 @@ class BlockSparsePlan:
             return blocks
         batch, heads = _common(blocks, permutation)
         blocks = blocks.expand(batch, heads, -1)
-        order = permutation.long().expand(batch, heads, -1)
-        return torch.empty_like(blocks).scatter_(-1, order, blocks)
+        order = _within(permutation, self.query_length if side == "query" else self.key_length)
+        order = order.expand(batch, heads, -1)
+        return torch.full_like(blocks, -1).scatter_(-1, order, blocks)
 
     def to_block_mask(self) -> torch.Tensor:
         """Which key blocks each query block attends to: bool ``[B|1, H|1, Mq, Mk]``."""
         batch, heads = _common(self.key_counts, self.key_indices)
         entries = torch.arange(self.capacity, device=self.device)
         # Ignored entries go to a column of their own that is cut off: they may hold anything.
-        columns = self.key_indices.long().where(
+        columns = _within(self.key_indices, self.num_key_blocks).where(
             entries < self.key_counts.unsqueeze(-1), self.num_key_blocks
         )
         mask = torch.zeros(
@@ -240,8 +244,7 @@ class BlockSparsePlan:
         """
         queries, keys = self.block_sizes("query"), self.block_sizes("key")
         batch, heads = self.batch, self.heads
-        indices = self.key_indices.long().clamp(0, self.num_key_blocks - 1)
-        indices = indices.expand(batch, heads, -1, -1)
+        indices = _within(self.key_indices, self.num_key_blocks).expand(batch, heads, -1, -1)
         entries = torch.arange(self.capacity, device=self.device)
         seen = keys.unsqueeze(2).expand(batch, heads, self.num_query_blocks, -1).gather(-1, indices)
         seen = seen.masked_fill(entries >= self.key_counts.unsqueeze(-1), 0).sum(-1)
@@ -259,6 +262,13 @@ class BlockSparsePlan:
         return self
 
     # --- other plans of the same attention --------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> Self:
+        """The plan with its tensors on another device; itself if they are there already."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        if all(moved[name] is tensor for name, tensor in self.tensors().items()):
+            return self
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def to_variable(self) -> Self:
         """The same attention with offsets on both sides, for kernels that know nothing else.
@@ -292,29 +302,30 @@ class BlockSparsePlan:
 
     def with_dense_blocks(
         self,
-        key_blocks: Sequence[tuple[int, int]] = (),
-        query_blocks: Sequence[tuple[int, int]] = (),
+        key_spans: Sequence[tuple[int, int]] = (),
+        query_spans: Sequence[tuple[int, int]] = (),
         *,
         capacity: int | None = None,
     ) -> Self:
-        """A plan in which some keys are seen by every query, and some queries see every key.
+        """A plan in which some key blocks are seen by all, and some query blocks see all keys.
 
         Args:
-            key_blocks: spans ``(start, stop)`` of tokens of k that every query attends to, such as
-                the text of a joint sequence.
-            query_blocks: spans of tokens of q that attend to every key.
+            key_spans: spans ``(start, stop)`` of tokens of k, such as the text of a joint sequence:
+                every query attends to each block that holds one of them.
+            query_spans: spans of tokens of q: each block that holds one of them attends to every
+                key.
             capacity: of the new lists; Mk if None.
 
-        Attention is by whole blocks: *every block that holds a token of a span* becomes dense, so
-        its other tokens do too. Give text blocks of its own where that matters. A block that has no
-        key tokens at all is never added for a key span.
+        Attention is by whole blocks: with blocks of 128, the span (0, 77) makes 128 tokens visible.
+        Give text blocks of its own where that matters. A block that has no key tokens at all is
+        never added for a key span.
 
         Raises:
             PlanError: for a span that is empty, reversed, or outside of the sequence.
         """
         mask = self.to_block_mask()
-        key_touched = _touched_blocks(self, "key", key_blocks)
-        query_touched = _touched_blocks(self, "query", query_blocks)
+        key_touched = _touched_blocks(self, "key", key_spans)
+        query_touched = _touched_blocks(self, "query", query_spans)
         mask = mask | key_touched.unsqueeze(2) | query_touched.unsqueeze(3)
         counts, indices = _lists(mask, capacity)
         return replace(self, key_counts=counts, key_indices=indices)
@@ -345,20 +356,47 @@ class BlockSparsePlan:
         Raises:
             PlanError: for shapes that do not fit together.
         """
+        _require_tensor("block_mask", block_mask)
         if block_mask.dtype is not torch.bool or block_mask.dim() != 4:
             raise PlanError(
                 "block_mask must be bool [B or 1, H or 1, query blocks, key blocks], found "
                 f"{_describe(block_mask)}",
                 hint="block_mask.bool()" if block_mask.dim() == 4 else None,
             )
+        _require_blocks("block_mask", block_mask.shape[2:], query_length, key_length, geometry)
         counts, indices = _lists(block_mask, capacity)
-        plan = _make(cls, query_length, key_length, counts, indices, geometry)
-        if block_mask.shape[-1] != plan.num_key_blocks:
+        return _make(cls, query_length, key_length, counts, indices, geometry)
+
+    @classmethod
+    def from_selection(
+        cls,
+        selection: BlockSelection,
+        *,
+        query_length: int,
+        key_length: int,
+        **geometry: Unpack[BlockGeometry],
+    ) -> Self:
+        """A plan from what a rule selected.
+
+        Args:
+            selection: of :func:`~polyattn_kernels.select_top_k` or another rule.
+            query_length: Sq.
+            key_length: Sk.
+            **geometry: how tokens are cut into blocks; see :class:`BlockGeometry`.
+
+        Raises:
+            PlanError: for a selection among other blocks than the geometry has.
+        """
+        if not isinstance(selection, BlockSelection):
             raise PlanError(
-                f"block_mask has {block_mask.shape[-1]} key blocks (its last dimension); "
-                f"{key_length} keys make {plan.num_key_blocks}"
+                f"selection must be a BlockSelection, found a {type(selection).__name__}",
+                hint="BlockSparsePlan.from_mask or BlockSparsePlan.from_indices",
             )
-        return plan
+        found = (selection.key_counts.shape[-1], selection.num_key_blocks)
+        _require_blocks("selection", found, query_length, key_length, geometry)
+        return _make(
+            cls, query_length, key_length, selection.key_counts, selection.key_indices, geometry
+        )
 
     @classmethod
     def from_indices(
@@ -372,6 +410,8 @@ class BlockSparsePlan:
     ) -> Self:
         """A plan from lists of key blocks in any order, such as the result of ``topk``.
 
+        The plan's lists are sorted: that is the order in which :meth:`validate` counts entries.
+
         Args:
             indices: int32 or int64 ``[B|1, H|1, Mq, capacity]``; each list names a block once.
             counts: int32 or int64 ``[B|1, H|1, Mq]``: how many leading entries are meant; None
@@ -383,24 +423,38 @@ class BlockSparsePlan:
         Raises:
             PlanError: for dtypes or shapes that do not fit.
         """
-        for name, tensor, dims in (("indices", indices, 4), ("counts", counts, 3)):
-            if tensor is not None and (
-                tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != dims
-            ):
+        given = [("indices", indices, 4)]
+        if counts is not None:
+            given.append(("counts", counts, 3))
+        for name, tensor, dims in given:
+            _require_tensor(name, tensor)
+            if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != dims:
                 raise PlanError(
                     f"{name} must be int32 or int64 with {dims} dimensions, found "
                     f"{_describe(tensor)}"
                 )
+        query_blocks, key_blocks = _numbers_of_blocks(query_length, key_length, geometry)
+        if indices.shape[2] != query_blocks or not 1 <= indices.shape[3] <= key_blocks:
+            raise PlanError(
+                f"indices must be [B or 1, H or 1, {query_blocks}, 1 to {key_blocks}], a list for "
+                f"each query block with room for some key blocks, found {list(indices.shape)}"
+            )
         if counts is None:
             counts = torch.full_like(indices[..., 0], indices.shape[-1])
         if indices.shape[:-1] != counts.shape:
-            shape = torch.broadcast_shapes(indices.shape[:-1], counts.shape)  # type: ignore[no-untyped-call]
+            sizes = list(zip(indices.shape, counts.shape, strict=False))
+            if any(one != other and 1 not in (one, other) for one, other in sizes):
+                raise PlanError(
+                    f"counts must be [B or 1, H or 1, {query_blocks}] to go with indices "
+                    f"{list(indices.shape)}, found {list(counts.shape)}"
+                )
+            shape = [max(one, other) for one, other in sizes]
             indices, counts = indices.expand(*shape, -1), counts.expand(shape)
         unused = torch.arange(indices.shape[-1], device=indices.device) >= counts.unsqueeze(-1)
         last = torch.iinfo(indices.dtype).max
         indices = indices.masked_fill(unused, last).sort(dim=-1).values.masked_fill(unused, 0)
         return _make(
-            cls, query_length, key_length, counts.int().contiguous(), indices.int(), geometry
+            cls, query_length, key_length, _int32(counts).contiguous(), _int32(indices), geometry
         )
 
     @classmethod
@@ -419,9 +473,10 @@ class BlockSparsePlan:
         Args:
             pattern: a table of Mq rows of Mk truth values; or a function of query block numbers
                 ``[Mq, 1]`` and key block numbers ``[1, Mk]`` (int64, on the CPU) that returns bool
-                ``[Mq, Mk]``, or ``[H, Mq, Mk]`` for a pattern per head. Functions are told apart
-                by ``==`` and must be hashable: an instance of a frozen dataclass with ``__call__``
-                is recognised by value, a lambda only as the same object.
+                ``[Mq, Mk]``, or ``[H, Mq, Mk]`` for a pattern per head, or what broadcasts to it:
+                a rule may look at key block numbers alone. Functions are told apart by ``==`` and
+                must be hashable: an instance of a frozen dataclass with ``__call__`` is recognised
+                by value, a lambda only as the same object.
             query_length: Sq.
             key_length: Sk.
             query_block: tokens in a query block.
@@ -429,20 +484,28 @@ class BlockSparsePlan:
             device: where the plan's tensors live.
 
         The lists are as narrow as the pattern allows. The plans used last are kept, up to a number.
-        Build static plans outside of ``torch.compile`` and of a CUDA-graph capture.
+        Build static plans outside of ``torch.compile`` and of a CUDA-graph capture: the first time
+        copies the lists to the device, which it waits for.
 
         Raises:
             PlanError: for a pattern of another shape, or one that cannot be hashed.
         """
+        if torch.compiler.is_compiling():
+            raise PlanError(
+                "a static plan is built and kept outside of torch.compile",
+                hint="build the plan first and pass it to the compiled function",
+            )
+        uniform = {"query_block": query_block, "key_block": key_block}
+        query_blocks, key_blocks = _numbers_of_blocks(query_length, key_length, uniform)
         if not callable(pattern):
-            pattern = _Table(tuple(tuple(bool(each) for each in row) for row in pattern))
+            pattern = _Table.of(pattern)
         device = torch.empty(0, device=device).device  # "cuda" is cuda:0 or whichever is current
         key = (cls, pattern, query_length, key_length, query_block, key_block, device)
 
         # Tensors born in inference mode could not be used outside of it, and these are kept.
         @torch.inference_mode(False)
         def build() -> BlockSparsePlan:
-            mask = _evaluate(pattern, query_length, key_length, query_block, key_block)
+            mask = _evaluate(pattern, query_blocks, key_blocks)
             capacity = max(1, int(mask.sum(-1).max()))
             counts, indices = _lists(mask, capacity)
             return cls(
@@ -473,15 +536,10 @@ class BlockSparsePlan:
         for side in ("query", "key"):
             if geometry.get(f"{side}_block") is None and geometry.get(f"{side}_offsets") is None:
                 geometry[f"{side}_block"] = 128  # type: ignore[literal-required]
+        query_blocks, key_blocks = _numbers_of_blocks(query_length, key_length, geometry)
         given = [value for value in geometry.values() if isinstance(value, torch.Tensor)]
         if device is None:
             device = given[0].device if given else "cpu"
-        query_blocks, key_blocks = (
-            offsets.shape[-1] - 1
-            if isinstance(offsets := geometry.get(f"{side}_offsets"), torch.Tensor)
-            else -(-length // max(1, geometry[f"{side}_block"]))  # type: ignore[literal-required]
-            for side, length in (("query", query_length), ("key", key_length))
-        )
         counts = torch.full((1, 1, query_blocks), key_blocks, dtype=torch.int32, device=device)
         indices = torch.arange(key_blocks, dtype=torch.int32, device=device)
         indices = indices.repeat(1, 1, query_blocks, 1)
@@ -491,10 +549,12 @@ class BlockSparsePlan:
         """Write a PNG of one head: queries down, keys across, in the order of the walk.
 
         A pixel is as dark as the share of its query-key pairs that is attended; at most 1,024
-        pixels a side. Waits for the device.
+        pixels a side. Waits for the device. Where the plan is shared, ``batch`` and ``head`` may be
+        any number: all have this picture.
 
         Raises:
-            PlanError: without Pillow, or for a batch item or head the plan does not have.
+            PlanError: without Pillow, for a batch item or head the plan does not have, or a path
+                that cannot be written.
         """
         try:
             from PIL import Image
@@ -512,7 +572,9 @@ class BlockSparsePlan:
             ):
                 most = self.batch if name == "batch item" else self.heads
                 if index < 0 or (most > 1 and index >= most):
-                    raise PlanError(f"{name} {index} of a plan with {most}")
+                    raise PlanError(
+                        f"there is no {name} {index}: the plan has {most}, numbered from 0"
+                    )
                 picked.append(index if size > 1 else 0)
             return tensor[picked[0], picked[1]].cpu()
 
@@ -531,7 +593,10 @@ class BlockSparsePlan:
         image = Image.frombytes(
             "L", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist())
         )
-        image.save(path, format="PNG")
+        try:
+            image.save(path, format="PNG")
+        except OSError as error:
+            raise PlanError(f"cannot write {path}: {error}") from error
 
 
 Plan = TypeVar("Plan", bound=BlockSparsePlan)
@@ -550,6 +615,19 @@ def _side(plan: BlockSparsePlan, side: Side) -> tuple[int, int, int, torch.Tenso
 def _common(*tensors: torch.Tensor) -> tuple[int, int]:
     """Batch items and heads of tensors of which some share theirs."""
     return max(each.shape[0] for each in tensors), max(each.shape[1] for each in tensors)
+
+
+def _within(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """As int64, moved into 0 to size - 1: a wrong plan must not fail an assertion on a GPU."""
+    return numbers.long().clamp(0, size - 1)
+
+
+def _int32(numbers: torch.Tensor) -> torch.Tensor:
+    """As int32; what does not fit becomes the nearest that does, and so stays out of range."""
+    if numbers.dtype is torch.int32:
+        return numbers
+    limits = torch.iinfo(torch.int32)
+    return numbers.clamp(limits.min, limits.max).int()
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -597,9 +675,9 @@ def _make(
 def _lists(block_mask: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts and compact ascending lists of the True columns, without waiting for the device."""
     key_blocks = block_mask.shape[-1]
+    if capacity is not None:
+        require_int("capacity", capacity, error=PlanError)
     room = key_blocks if capacity is None else min(capacity, key_blocks)
-    if room < 1:
-        raise PlanError(f"capacity={capacity}: the lists need room for one key block at least")
     counts = block_mask.sum(-1, dtype=torch.int32)
     if room < key_blocks:
         _promise((counts <= room).all(), f"a query block attends to more than capacity={capacity}")
@@ -618,7 +696,7 @@ def _promise(kept: torch.Tensor, message: str) -> None:
     """An error if a condition on values is false: at once on a CPU, on the device elsewhere."""
     if kept.device.type == "cpu" and not torch.compiler.is_compiling():
         if not kept:
-            raise PlanError(message)
+            raise PlanError(message, hint="capacity=None, which has room for all key blocks")
     else:
         torch._assert_async(kept, message)
 
@@ -629,16 +707,25 @@ def _touched_blocks(
     """Which blocks hold a token of the spans: bool [B|1, H|1, M]."""
     tokens, _, count, _ = _side(plan, side)
     marked = torch.zeros((1, 1, tokens), dtype=torch.bool, device=plan.device)
-    for start, stop in spans:
-        if not 0 <= start < stop <= tokens:
+    for span in spans:
+        if not isinstance(span, (tuple, list)) or len(span) != 2:
             raise PlanError(
-                f"{side}_blocks: the span ({start}, {stop}) needs 0 <= start < stop <= {tokens}, "
+                f"{side}_spans is a sequence of spans (start, stop), found {span!r} in it",
+                hint=f"{side}_spans=[(start, stop)]",
+            )
+        start, stop = span
+        require_int(f"a bound of {side}_spans", start, 0, PlanError)
+        require_int(f"a bound of {side}_spans", stop, 0, PlanError)
+        if not start < stop <= tokens:
+            raise PlanError(
+                f"{side}_spans: the span ({start}, {stop}) needs 0 <= start < stop <= {tokens}, "
                 f"the number of {'queries' if side == 'query' else 'keys'}"
             )
         marked[..., start:stop] = True
     permutation: torch.Tensor | None = getattr(plan, f"{side}_permutation")
     if permutation is not None:
-        marked = marked.expand(*permutation.shape[:2], -1).gather(-1, permutation.long())
+        marked = marked.expand(*permutation.shape[:2], -1)
+        marked = marked.gather(-1, _within(permutation, tokens))
     blocks = plan.blocks_of_positions(side)
     batch, heads = _common(blocks, marked)
     # Positions that are not marked, or hold no token, are sent to a column that is cut off.
@@ -653,29 +740,47 @@ class _Table:
 
     rows: tuple[tuple[bool, ...], ...]
 
+    @classmethod
+    def of(cls, table: Any) -> _Table:
+        try:
+            if isinstance(table, torch.Tensor) and table.dim() != 2:
+                raise ValueError(f"it has {table.dim()} dimensions")
+            return cls(tuple(tuple(bool(each) for each in row) for row in table))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PlanError(
+                "a static pattern is a function of block numbers, or a table of Mq rows of Mk "
+                f"truth values, found a {type(table).__name__}: {error}",
+                hint="BlockSparsePlan.from_mask for a tensor [B or 1, H or 1, Mq, Mk]",
+            ) from error
+
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        if len({len(row) for row in self.rows}) > 1:
-            raise PlanError("the rows of a static pattern's table differ in length")
+        rows, columns = queries.shape[0], keys.shape[1]
+        if [len(row) for row in self.rows] != [columns] * rows:
+            raise PlanError(
+                f"a static pattern's table must have {rows} rows of {columns}, found "
+                f"{len(self.rows)} rows of {sorted({len(row) for row in self.rows})}"
+            )
         return torch.tensor(self.rows, dtype=torch.bool)
 
 
 def _evaluate(
     pattern: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    query_length: int,
-    key_length: int,
-    query_block: int,
-    key_block: int,
+    query_blocks: int,
+    key_blocks: int,
 ) -> torch.Tensor:
     """A static pattern as bool [1, H|1, Mq, Mk] on the CPU."""
-    query_blocks, key_blocks = -(-query_length // query_block), -(-key_length // key_block)
     with torch.device("cpu"):
         mask = pattern(torch.arange(query_blocks)[:, None], torch.arange(key_blocks)[None])
-    if mask.dtype is not torch.bool or mask.shape[-2:] != (query_blocks, key_blocks):
-        raise PlanError(
-            f"a static pattern of {query_blocks} query blocks and {key_blocks} key blocks must be "
-            f"bool [{query_blocks}, {key_blocks}], or that per head, found {_describe(mask)}"
-        )
-    return mask.reshape(1, -1, query_blocks, key_blocks)
+    if isinstance(mask, torch.Tensor) and mask.dtype is torch.bool and mask.dim() <= 3:
+        shape = (*(mask.shape[:-2] or (1,)), query_blocks, key_blocks)
+        pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
+        if shape[0] and all(size in (1, most) for size, most in pairs):
+            return mask.broadcast_to(shape)[None]
+    found = _describe(mask) if isinstance(mask, torch.Tensor) else repr(mask)
+    raise PlanError(
+        f"a static pattern of {query_blocks} query blocks and {key_blocks} key blocks must be bool "
+        f"[{query_blocks}, {key_blocks}], or that per head, or broadcast to it, found {found}"
+    )
 
 
 class _Cache:
@@ -695,11 +800,13 @@ class _Cache:
                 hint="make the pattern a frozen dataclass with a __call__ method",
             ) from error
         with self._lock:
-            if key not in self._plans:
-                plan = build()
-                if type(plan.key_indices) is not torch.Tensor:
-                    return plan  # a tracer's stand-in: worthless once the trace is over
-                self._plans[key] = plan
+            plan = self._plans.get(key)
+        # Not under the lock: a pattern is someone else's code, and may build a plan itself.
+        built = build() if plan is None else plan
+        if type(built.key_indices) is not torch.Tensor:
+            return built  # a tracer's stand-in: worthless once the trace is over
+        with self._lock:
+            self._plans.setdefault(key, built)  # of two threads that built, one is first
             self._plans.move_to_end(key)
             while len(self._plans) > self._most:
                 self._plans.popitem(last=False)
@@ -711,40 +818,108 @@ _static_plans = _Cache(most=64)
 
 # --- checking -------------------------------------------------------------------------------------
 
+_GEOMETRY = tuple(BlockGeometry.__annotations__)
 
-def _check_structure(plan: BlockSparsePlan) -> None:
-    """Everything that can be told without reading a value."""
-    for name in ("query_length", "key_length"):
-        if getattr(plan, name) < 1:
-            raise PlanError(f"{name} must be at least 1, found {getattr(plan, name)}")
-    for side in ("query", "key"):
-        block, offsets = getattr(plan, f"{side}_block"), getattr(plan, f"{side}_offsets")
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise PlanError(
+            f"{name} must be a tensor, found {'None' if value is None else type(value).__name__}",
+            hint=None if value is None else f"torch.as_tensor({name})",
+        )
+
+
+def _numbers_of_blocks(
+    query_length: int, key_length: int, geometry: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Mq and Mk; refuses parts of a geometry that do not go together."""
+    for name in geometry:
+        if name not in _GEOMETRY:
+            known = ", ".join(_GEOMETRY)
+            raise PlanError(f"there is no argument {name}; blocks are given by {known}")
+    numbers = []
+    for side, tokens in (("query", query_length), ("key", key_length)):
+        require_int(f"{side}_length", tokens, error=PlanError)
+        block: Any = geometry.get(f"{side}_block")
+        offsets: Any = geometry.get(f"{side}_offsets")
+        for part in ("offsets", "lengths", "permutation"):
+            if (tensor := geometry.get(f"{side}_{part}")) is not None:
+                _require_tensor(f"{side}_{part}", tensor)
         if (block is None) == (offsets is None):
             raise PlanError(
                 f"{side} blocks are either uniform ({side}_block=...) or variable "
-                f"({side}_offsets=...), found {'neither' if block is None else 'both'}"
+                f"({side}_offsets=...), found {'neither' if block is None else 'both'}",
+                hint=f"{side}_block=128" if block is None else f"{side}_block=None",
             )
-        if block is not None and (block < 16 or block % 16):
-            raise PlanError(f"{side}_block must be a positive multiple of 16, found {block}")
-        if block is None and getattr(plan, f"{side}_lengths") is not None:
+        if offsets is None:
+            require_int(f"{side}_block", block, 16, error=PlanError)
+            if block % 16:
+                raise PlanError(f"{side}_block must be a positive multiple of 16, found {block}")
+            numbers.append(-(-tokens // block))
+            continue
+        if geometry.get(f"{side}_lengths") is not None:
             raise PlanError(
                 f"{side}_lengths belong to uniform blocks; variable ones say it by {side}_offsets"
             )
+        if offsets.dim() != 3 or offsets.shape[-1] < 2:
+            raise PlanError(
+                f"{side}_offsets must be int32 [B or 1, H or 1, blocks + 1] with at least one "
+                f"block, found {_describe(offsets)}",
+                hint=f"{side}_offsets[None, None]" if offsets.dim() == 1 else None,
+            )
+        numbers.append(offsets.shape[-1] - 1)
+    return numbers[0], numbers[1]
+
+
+def _require_blocks(
+    name: str,
+    found: Sequence[int],
+    query_length: int,
+    key_length: int,
+    geometry: Mapping[str, Any],
+) -> None:
+    blocks = _numbers_of_blocks(query_length, key_length, geometry)
+    if tuple(found) != blocks:
+        raise PlanError(
+            f"{name} has {found[0]} query blocks and {found[1]} key blocks; {query_length} queries "
+            f"and {key_length} keys make {blocks[0]} and {blocks[1]}"
+        )
+
+
+def _check_structure(plan: BlockSparsePlan) -> None:
+    """Everything that can be told without reading a value."""
+    geometry = {name: getattr(plan, name) for name in _GEOMETRY}
+    query_blocks, key_blocks = _numbers_of_blocks(plan.query_length, plan.key_length, geometry)
+    for name in ("key_counts", "key_indices"):
+        _require_tensor(name, getattr(plan, name))
+    capacity = plan.key_indices.shape[3] if plan.key_indices.dim() == 4 else "capacity"
+    tails: dict[str, tuple[Any, ...]] = {
+        "key_counts": (query_blocks,),
+        "key_indices": (query_blocks, capacity),
+        "query_offsets": (query_blocks + 1,),
+        "key_offsets": (key_blocks + 1,),
+        "query_lengths": (query_blocks,),
+        "key_lengths": (key_blocks,),
+        "query_permutation": (plan.query_length,),
+        "key_permutation": (plan.key_length,),
+    }
     leading: dict[int, tuple[int, str]] = {}
     for name, tensor in plan.tensors().items():
-        tail = _expected_tail(plan, name)
-        if tensor.dtype is not torch.int32:
-            found = str(tensor.dtype).removeprefix("torch.")
-            raise PlanError(f"{name} must be int32, found {found}", hint=f"{name}.int()")
+        tail = tails[name]
         if tensor.device != plan.device:
             raise PlanError(
                 f"all of a plan is on one device: {name} is on {tensor.device}, key_counts on "
                 f"{plan.device}"
             )
-        if tensor.dim() != 2 + len(tail) or tuple(tensor.shape[2:]) != tail:
+        fits = tensor.dim() == 2 + len(tail) and tuple(tensor.shape[2:]) == tail
+        if tensor.dtype is not torch.int32 or not fits:
+            integers = not (tensor.is_floating_point() or tensor.is_complex())
+            repair = ".int()" if integers and tensor.dtype is not torch.int32 else ""
+            repair += "[None, None]" if tuple(tensor.shape) == tail else ""
             raise PlanError(
-                f"{name} must be [B or 1, H or 1, {', '.join(map(str, tail))}], found "
-                f"{list(tensor.shape)}"
+                f"{name} must be int32 [B or 1, H or 1, {', '.join(map(str, tail))}], found "
+                f"{_describe(tensor)}",
+                hint=f"{name}{repair}" if repair else None,
             )
         if not tensor.is_contiguous():
             raise PlanError(f"{name} must be contiguous", hint=f"{name}.contiguous()")
@@ -755,27 +930,11 @@ def _check_structure(plan: BlockSparsePlan) -> None:
                 raise PlanError(f"{name} has {size} {what}, {other} has {most}; 1 is shared by all")
         if tensor.numel() == 0:
             raise PlanError(f"{name} is empty: {list(tensor.shape)}")
-    if plan.capacity > plan.num_key_blocks:
+    if plan.capacity > key_blocks:
         raise PlanError(
             f"key_indices has room for {plan.capacity} key blocks in a list (its last dimension); "
-            f"there are {plan.num_key_blocks}"
+            f"there are {key_blocks}"
         )
-
-
-def _expected_tail(plan: BlockSparsePlan, name: str) -> tuple[int, ...]:
-    """The sizes after batch and head that a tensor of the plan must have."""
-    if name in ("key_counts", "key_indices"):
-        offsets, block = plan.query_offsets, plan.query_block
-        if offsets is not None:
-            blocks = offsets.shape[-1] - 1
-        else:
-            assert block is not None
-            blocks = -(-plan.query_length // block)
-        return (blocks,) if name == "key_counts" else (blocks, plan.key_indices.shape[-1])
-    side, _, what = name.partition("_")
-    blocks = plan.num_query_blocks if side == "query" else plan.num_key_blocks
-    tokens = plan.query_length if side == "query" else plan.key_length
-    return {"offsets": (blocks + 1,), "lengths": (blocks,), "permutation": (tokens,)}[what]
 
 
 def _check_values(plan: BlockSparsePlan) -> None:
@@ -784,11 +943,14 @@ def _check_values(plan: BlockSparsePlan) -> None:
         tokens, block, blocks, offsets = _side(plan, side)
         if offsets is not None:
             name = f"{side}_offsets"
-            _refuse(offsets[..., 0] != 0, offsets[..., 0], f"{name} must start at 0")
-            _refuse(offsets[..., -1] != tokens, offsets[..., -1], f"{name} must end at {tokens}")
+            first, last, later = offsets[..., 0], offsets[..., -1], offsets[..., 1:]
+            hint = "F.pad(block_sizes.cumsum(-1), (1, 0)).int()"
+            _refuse(first != 0, first, f"{name} must start at 0", hint=hint)
+            _refuse(last != tokens, last, f"{name} must end at {tokens}", hint=hint)
             _refuse(
-                offsets.diff(dim=-1) < 0, offsets[..., 1:], f"{name} decrease at the end of", side
-            )
+                offsets.diff(dim=-1) < 0, later, f"{name} decrease at the end of a block", side,
+                hint=hint,
+            )  # fmt: skip
         lengths: torch.Tensor | None = getattr(plan, f"{side}_lengths")
         if lengths is not None:
             starts = torch.arange(blocks, device=plan.device) * block
@@ -798,6 +960,7 @@ def _check_values(plan: BlockSparsePlan) -> None:
                 lengths,
                 f"{side}_lengths must be between 0 and the rows of the block",
                 side,
+                rows=rows,
             )
         permutation: torch.Tensor | None = getattr(plan, f"{side}_permutation")
         if permutation is not None:
@@ -808,8 +971,15 @@ def _check_values(plan: BlockSparsePlan) -> None:
                 f"{name} must hold numbers from 0 to {tokens - 1}",
                 "position",
             )
-            ordered = permutation.sort(dim=-1).values
-            _refuse(ordered.diff(dim=-1) == 0, ordered[..., 1:], f"{name} repeats a token")
+            ordered, places = permutation.sort(dim=-1, stable=True)
+            again = F.pad(ordered.diff(dim=-1) == 0, (1, 0))
+            _refuse(
+                torch.zeros_like(again).scatter_(-1, places, again),
+                permutation,
+                f"{name} repeats a token",
+                "position",
+                hint=f"plan.{name}[batch, head].bincount() to see which are missing",
+            )
     counts = plan.key_counts
     _refuse(counts < 0, counts, "key_counts must not be negative", "query")
     _refuse(
@@ -827,15 +997,36 @@ def _check_values(plan: BlockSparsePlan) -> None:
         f"key_indices must be from 0 to {plan.num_key_blocks - 1}",
         "query",
     )
-    steps, used = indices.diff(dim=-1), used[..., 1:]
-    _refuse(used & (steps == 0), indices[..., 1:], "key_indices name a key block twice", "query")
-    _refuse(used & (steps < 0), indices[..., 1:], "key_indices must be ascending", "query")
+    steps = F.pad(indices.diff(dim=-1), (1, 0), value=1)
+    _refuse(
+        used & (steps == 0),
+        indices,
+        "key_indices name a key block twice",
+        "query",
+        hint="BlockSparsePlan.from_mask(plan.to_block_mask(), ...), which names each once",
+    )
+    _refuse(
+        used & (steps < 0),
+        indices,
+        "key_indices must be ascending",
+        "query",
+        hint="BlockSparsePlan.from_indices(indices, counts, ...), which sorts",
+    )
 
 
-def _refuse(wrong: torch.Tensor, values: torch.Tensor, message: str, third: str = "") -> None:
+def _refuse(
+    wrong: torch.Tensor,
+    values: torch.Tensor,
+    message: str,
+    third: str = "",
+    *,
+    rows: torch.Tensor | None = None,
+    hint: str | None = None,
+) -> None:
     """A PlanError for the first True of ``wrong``, with its place and the value found there.
 
-    The dimensions are batch, head, what ``third`` names, and, in lists, the entry.
+    The dimensions are batch, head, what ``third`` names, and, in lists, the entry. ``rows`` are
+    those of each block, to be told too.
     """
     wrong = wrong.expand_as(wrong | (values == 0))
     if not wrong.any():
@@ -847,4 +1038,6 @@ def _refuse(wrong: torch.Tensor, values: torch.Tensor, message: str, third: str 
         f"{name} {at}" for name, at in zip(names, place, strict=False) if name != " block"
     )
     value = int(values.expand(wrong.shape)[tuple(place)])
-    raise PlanError(f"{message}: found {value} at {where}")
+    if rows is not None:
+        where += f", which has {int(rows[place[2]])} rows"
+    raise PlanError(f"{message}: found {value} at {where}", hint=hint)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from polyattn_kernels._triton_support import choose_provider
-from polyattn_kernels.errors import AttentionInputError
+from polyattn_kernels.errors import AttentionInputError, require_int
 from polyattn_kernels.permutation import check_index, gather_tokens
 
 __all__ = ["pool_blocks"]
@@ -36,9 +36,10 @@ def pool_blocks(
     Args:
         block: tokens in a uniform block; block i holds positions ``i * block`` to
             ``min((i + 1) * block, S)``.
-        lengths: int32 ``[B|1, H|1, M]``, tokens at the start of each uniform block that count.
+        lengths: int32 ``[B|1, H|1, M]``, tokens at the start of each uniform block that count; a
+            negative number counts as 0, one that is too large as the rows of the block.
         offsets: int32 ``[B|1, H|1, M + 1]``, variable blocks instead of uniform ones: 0 first, S
-            last, never decreasing.
+            last, never decreasing. A block that ends before it starts has count 0.
         permutation: int32 ``[B|1, H|1, S]``, the token at each position; None: token order.
         dtype: of the means, None for x's. Sums are float32 (float64 for a float64 x).
         provider: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -97,17 +98,16 @@ def _counts(
         check_index(x, offsets, "offsets", None)
         if not offsets.shape[-1]:
             raise AttentionInputError("offsets of M blocks have M + 1 entries, found none")
-        return offsets.diff(dim=-1)
+        return offsets.diff(dim=-1).clamp_min(0)
     assert block is not None
-    if block < 1:
-        raise AttentionInputError(f"block must be at least 1 token, found {block}")
+    require_int("block", block)
     blocks = -(-length // block)
     starts = torch.arange(0, length, block, dtype=torch.int32, device=x.device)
     rows = (length - starts).clamp_max(block)[None, None]
     if lengths is None:
         return rows
     check_index(x, lengths, "lengths", blocks)
-    return torch.minimum(lengths, rows)
+    return torch.minimum(lengths.clamp_min(0), rows)
 
 
 def _accumulator(x: torch.Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from polyattn_kernels._triton_support import choose_provider
-from polyattn_kernels.errors import AttentionInputError, ProviderError
+from polyattn_kernels.errors import AttentionInputError, ProviderError, require_int
 
 __all__ = ["BlockSelection", "select_threshold", "select_top_k", "select_top_p"]
 
@@ -57,8 +57,7 @@ def select_top_k(
     checked: bool = False,
 ) -> BlockSelection:
     """The k blocks of highest score in each row, all of them where k exceeds Mk."""
-    if k < 1:
-        raise AttentionInputError(f"k must be at least 1, found {k}")
+    require_int("k", k)
     rule = _Rule("top_k", 0.0, k, k)
     return _select(scores, rule, key_sizes, weighted=False, provider=provider, checked=checked)
 
@@ -94,7 +93,13 @@ def select_top_p(
         raise AttentionInputError(f"p must lie in (0, 1], found {p}")
     if not 0 <= minimum_ratio <= 1:
         raise AttentionInputError(f"minimum_ratio must lie in [0, 1], found {minimum_ratio}")
+    _check_counts(minimum_count, maximum_count)
     minimum = max(minimum_count, int(minimum_ratio * scores.shape[-1]))
+    if maximum_count is not None and minimum > maximum_count:
+        raise AttentionInputError(
+            f"minimum_ratio={minimum_ratio} asks for at least {minimum} of {scores.shape[-1]} "
+            f"blocks, maximum_count for at most {maximum_count}"
+        )
     rule = _Rule("top_p", p, minimum, maximum_count)
     return _select(scores, rule, key_sizes, weighted=weighted, provider=provider, checked=checked)
 
@@ -116,6 +121,7 @@ def select_threshold(
     """
     if math.isnan(threshold):
         raise AttentionInputError("threshold must be a number, found nan")
+    _check_counts(minimum_count, maximum_count)
     rule = _Rule("threshold", threshold, minimum_count, maximum_count)
     return _select(scores, rule, key_sizes, weighted=False, provider=provider, checked=checked)
 
@@ -139,7 +145,7 @@ def _select(
     provider: str,
     checked: bool,
 ) -> BlockSelection:
-    _check(scores, rule, key_sizes)
+    _check(scores, key_sizes)
     if checked and bool(scores.isnan().any()):
         place = scores.isnan().nonzero()[0].tolist()
         raise AttentionInputError(
@@ -201,16 +207,23 @@ def _ascending(chosen: torch.Tensor, counts: torch.Tensor, capacity: int) -> tor
     return torch.where(listed, chosen[..., :capacity], 0).int()
 
 
-def _check(scores: torch.Tensor, rule: _Rule, key_sizes: torch.Tensor | None) -> None:
+def _check_counts(minimum_count: int, maximum_count: int | None) -> None:
+    require_int("minimum_count", minimum_count, 0)
+    if maximum_count is None:
+        return
+    require_int("maximum_count", maximum_count)
+    if maximum_count < minimum_count:
+        raise AttentionInputError(
+            f"maximum_count must not be below minimum_count, found {maximum_count} and "
+            f"{minimum_count}"
+        )
+
+
+def _check(scores: torch.Tensor, key_sizes: torch.Tensor | None) -> None:
     if scores.dim() != 4 or not scores.dtype.is_floating_point:
         raise AttentionInputError(
             "scores must be floating point [B, H, Mq, Mk], found "
             f"{scores.dtype} {list(scores.shape)}"
-        )
-    if rule.minimum < 0 or (rule.maximum is not None and rule.maximum < max(1, rule.minimum)):
-        raise AttentionInputError(
-            "a row gets at least 0 and at most maximum_count >= 1 blocks, found minimum "
-            f"{rule.minimum} and maximum {rule.maximum}"
         )
     if key_sizes is None:
         return

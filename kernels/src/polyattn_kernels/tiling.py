@@ -21,7 +21,7 @@ from functools import lru_cache
 
 import torch
 
-from polyattn_kernels.errors import AttentionInputError
+from polyattn_kernels.errors import AttentionInputError, require_int
 from polyattn_kernels.permutation import gather_tokens, inverse_permutation
 
 __all__ = ["Tiling", "tiling"]
@@ -29,11 +29,11 @@ __all__ = ["Tiling", "tiling"]
 Extent = tuple[int, int, int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tiling:
     """The blocks of one sequence ``[text before | grid in raster order | text after]``.
 
-    Made by :func:`tiling`. Index tensors are int32 and shared by all batch items and heads.
+    Made by :meth:`of`. Index tensors are int32 and shared by all batch items and heads.
     """
 
     grid: Extent
@@ -58,6 +58,34 @@ class Tiling:
     """``[1, 1, S]``: the row of each token in the padded layout."""
     tile_coordinates: torch.Tensor
     """``[tiles, 3]``: the place of each tile in the tile grid, in tiles along (T, H, W)."""
+
+    @staticmethod
+    def of(
+        grid: Sequence[int],
+        tile: Sequence[int],
+        *,
+        text_before: int = 0,
+        text_after: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Tiling:
+        """Tiles of ``tile`` = (t, h, w) tokens over a ``grid`` = (T, H, W) of tokens.
+
+        A tile may be larger than the grid, which then is one short tile. Text spans are counted in
+        tokens and cut into blocks of t * h * w, the last one short. Equal arguments give the same
+        object.
+
+        Raises:
+            AttentionInputError: for sizes below 1 or negative text.
+        """
+        return tiling(grid, tile, text_before=text_before, text_after=text_after, device=device)
+
+    def __repr__(self) -> str:
+        text = f", text {self.text_before} + {self.text_after}"
+        return (
+            f"Tiling({self.grid} in tiles of {self.tile}"
+            f"{text if self.text_before or self.text_after else ''}: {self.length} tokens in "
+            f"{self.num_blocks} blocks of {self.block}; {self.permutation.device})"
+        )
 
     @property
     def block(self) -> int:
@@ -169,25 +197,21 @@ def tiling(
     text_after: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tiling:
-    """Tiles of ``tile`` = (t, h, w) tokens over a ``grid`` = (T, H, W) of tokens.
-
-    A tile may be larger than the grid, which then is one short tile. Text spans are counted in
-    tokens and cut into blocks of t * h * w, the last one short. Equal arguments give the same
-    object. AttentionInputError for sizes below 1 or negative text.
-    """
+    """See :meth:`Tiling.of`."""
+    require_int("text_before", text_before, 0)
+    require_int("text_after", text_after, 0)
     device = torch.device(device)
     if device == torch.device("cuda"):  # no index: the current one, which may change
         device = torch.device("cuda", torch.cuda.current_device())
     return _tiling(_extent(grid, "grid"), _extent(tile, "tile"), text_before, text_after, device)
 
 
+# Tensors born in inference mode could not be used outside of it, and these are kept.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _tiling(
     grid: Extent, tile: Extent, text_before: int, text_after: int, device: torch.device
 ) -> Tiling:
-    for name, count in (("text_before", text_before), ("text_after", text_after)):
-        if not isinstance(count, int) or count < 0:
-            raise AttentionInputError(f"{name} is a number of tokens, found {count!r}")
     block = tile[0] * tile[1] * tile[2]
     tile_grid = [-(-extent // size) for extent, size in zip(grid, tile, strict=True)]
     axes = [torch.arange(e) // size for e, size in zip(grid, tile, strict=True)]

@@ -48,11 +48,16 @@ class Provider(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
-def automatic_order(device_type: str) -> tuple[str, ...]:
-    """Which providers ``"auto"`` tries, first to last. The last one can serve any call."""
-    if device_type == "cuda":
-        return ("hopper", "triton", "fa4", "flex", "reference")
-    return ("reference",)
+def automatic_order(device_type: str, plan: BlockSparsePlan, head_dim: int) -> tuple[str, ...]:
+    """Which providers ``"auto"`` tries, first to last. The last one can serve any call.
+
+    In the order measured on an H100 (``bench/results/block_sparse.md``), the only GPU measured.
+    """
+    if device_type != "cuda":
+        return ("reference",)
+    if (plan.query_block, plan.key_block, head_dim) == (128, 128, 128):
+        return ("fa4", "hopper", "triton", "flex", "reference")
+    return ("hopper", "triton", "fa4", "flex", "reference")
 
 
 def load(name: str) -> Provider:

@@ -7,8 +7,7 @@ Imported only to launch one. What every kernel here keeps:
 * A loop over tiles that are known to be full holds no mask. Tiles that may not be full have a loop
   of their own; there, rows that are no tokens are never loaded: a NaN in padding cannot reach a
   product.
-* Products of a row and a stride are taken in 64 bits wherever
-  32 could overflow.
+* Products of a row and a stride are taken in 64 bits wherever 32 could overflow.
 """
 
 # Triton's compiler looks up the annotations of parameters and knows none but its own: only

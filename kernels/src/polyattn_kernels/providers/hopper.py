@@ -103,7 +103,7 @@ def reasons(plan: BlockSparsePlan, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     Where nothing else stands in the way, a small case of the same kernel is run the first time,
     which compiles it and waits for the device.
     """
-    found = triton_reasons(q, k, v)
+    found = triton_reasons(q, k, v, interpretable=False)
     if q.device.type != "cuda" or torch.version.hip:
         found.append(f"runs on CUDA, found {'ROCm' if torch.version.hip else q.device.type}")
     elif (capability := _capability(q.device)) != (9, 0):

@@ -43,8 +43,13 @@ def run(
     What a query does not attend to is taken out before anything is multiplied by it. A non-finite
     key that a query does attend to makes its result NaN; a non-finite value makes NaN of that
     channel.
+
+    Raises:
+        PlanError: on a CPU, where asking waits for nothing, for wrong values in the plan.
     """
     on_cpu = q.device.type == "cpu"
+    if on_cpu:
+        plan.validate()
     if on_cpu and plan.query_length >= FEW_QUERIES * plan.num_query_blocks:
         return _run_block_by_block(q, k, v, plan, scale, return_lse)
     compute = torch.float64 if q.dtype is torch.float64 else torch.float32

@@ -51,7 +51,6 @@ __all__ = [
 NAME = "triton"
 
 WARP_SPECIALIZE_VARIABLE = "POLYATTN_KERNELS_WARP_SPECIALIZE"
-WIDEST_HEAD = 256
 LARGEST_STRIDE = 2**24  # between tokens: a tile's offsets, 128 rows of it, are 32-bit numbers
 _ALIGNMENT = 16  # bytes, of a descriptor's base and row stride
 
@@ -79,15 +78,8 @@ class TileConfig:
 def reasons(plan: BlockSparsePlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
     """Why these kernels cannot serve the call (empty = they can). Looks at no value."""
     found = triton_reasons(q, k, v)
-    head_dim = q.shape[-1]
-    if head_dim > WIDEST_HEAD:
-        found.append(f"takes head dimensions up to {WIDEST_HEAD}, found {head_dim}")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        found.append(f"takes float16, bfloat16 or float32, found {q.dtype}")
-    for side in ("query", "key"):
-        block = getattr(plan, f"{side}_block")
-        if block is not None and block % 16:
-            found.append(f"uniform {side} blocks must be multiples of 16, found {block}")
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        found.append("Triton's interpreter multiplies bfloat16 as if its bits were integers")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(1) >= LARGEST_STRIDE:
             found.append(
@@ -314,7 +306,7 @@ def attend_uniform(
     grid = (batch * heads * plan.num_query_blocks * row_tiles,)
     with on_device(q):
         kernels.uniform_attention[grid](
-            q if scale >= 0 else -q,
+            q,
             k,
             v,
             out,
@@ -325,7 +317,7 @@ def attend_uniform(
             clean_counts,
             lengths,
             query_lengths,
-            abs(scale) * math.log2(math.e),
+            scale * math.log2(math.e),
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -453,7 +445,7 @@ def attend_gathered(
     for turn in lists.turns(token_list_bytes):
         with on_device(q):
             kernels.gathered_attention[(turn.number * lists.replicas * num_items,)](
-                q if scale >= 0 else -q,
+                q,
                 k,
                 v,
                 out,
@@ -467,7 +459,7 @@ def attend_gathered(
                 lists.key_starts,
                 lists.key_permutation,
                 lists.run_ends,
-                abs(scale) * math.log2(math.e),
+                scale * math.log2(math.e),
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
