@@ -48,6 +48,7 @@ BLOCKS = ((128, 128), (64, 64), (128, 64))
 CLUSTERS = (300, 1000)  # of queries, of keys
 PROVIDERS = ("hopper", "triton", "fa4", "flex")  # those that exist are measured
 LARGEST_ERROR = 0.01  # relative; bfloat16 explains 0.0025
+NO_TIME = "no time left"
 SAMPLED_BLOCKS, SAMPLED_ROWS = 3, 16  # what is held against float64
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -462,7 +463,7 @@ def plot(data: list[dict[str, Any]], path: Path) -> str:
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    return f"Plot: `{path.name}`."
+    return f"![TF/s over density]({path.name})"
 
 
 def main() -> None:
@@ -494,7 +495,7 @@ def main() -> None:
                 data.append({"case": str(case), "skipped": f"the device was lost: {lost}"})
                 continue
             if started - begun > arguments.seconds - longest:
-                data.append({"case": str(case), "skipped": "no time left"})
+                data.append({"case": str(case), "skipped": NO_TIME})
                 continue
             try:
                 data.append(measure(case, arguments.quick))
@@ -543,7 +544,11 @@ def write(
     if name == "block_sparse":
         note += plot(data, output / f"{name}.png") + "\n\n"
     note += "## Fastest provider\n\n" + winners(data) + "\n\n## All\n\n"
-    body = table(HEADINGS, [row for result in data for row in rows(result)])
+    late = sum(result.get("skipped") == NO_TIME for result in data)
+    if late:
+        note += f"{late} of {len(data)} cases were not measured: {NO_TIME}.\n\n"
+    told = [result for result in data if result.get("skipped") != NO_TIME]
+    body = table(HEADINGS, [row for result in told for row in rows(result)])
     save(output, name, "Block-sparse attention", command, note + body, data, where)
 
 
