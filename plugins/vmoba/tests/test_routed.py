@@ -107,7 +107,7 @@ def test_pairs_are_sorted_by_block(seed: int) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(30 if DEVICE == "cuda" else 10))
 def test_shares_are_those_of_torch(seed: int) -> None:
     """On scores of few values (ties, rows all equal), hidden chunks, scores that are no numbers."""
     draw = random.Random(seed)
@@ -156,7 +156,7 @@ def test_shares_of_random_scores(chunks: int) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(24 if DEVICE == "cuda" else 10))
 def test_equals_the_plain_provider(seed: int) -> None:
     """On random plans, with NaN in all that nobody lists, strided tensors and grouped heads."""
     draw = random.Random(seed)
@@ -285,6 +285,8 @@ def test_a_path_that_computes_wrong_is_not_served(
     q = torch.zeros(1, 1, 1, 32, device=DEVICE)
     built = attention.VmobaAttention(config)
     monkeypatch.setattr(attention, "_verdicts", {})
+    if DEVICE == "cpu":  # interpreted, which is slow
+        monkeypatch.setattr(attention, "TRIAL_GRID", (2, 3, 8))
     assert built._routes_rightly(q)
     real = routed.attend_marked
 
