@@ -381,7 +381,8 @@ def validate(
         if name in used:
             raise ConfigError(
                 f"{source} gives the parameter {name!r} of {spec.name} in two spellings: "
-                f"{used[name]!r} and {key!r}"
+                f"{used[name]!r} and {key!r}",
+                hint=f"leave one of them out: {used[name]}=...",
             )
         used[name] = key
     try:
@@ -420,6 +421,8 @@ def _problem(error: Any, model: type[BaseModel]) -> str:
         for each in field.metadata if field is not None else ():  # an error tells one limit only
             limits |= {name: getattr(each, name) for name in LIMITS if hasattr(each, name)}
         return f"{key}={error['input']!r} is out of range: {_range(limits)}"
+    if error["type"] in ("tuple_type", "list_type"):
+        return f"{key}={error['input']!r} is no list; write one in brackets: {key}=[..., ...]"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{key}={error['input']!r}: {message}" if key else message
 

@@ -7,6 +7,7 @@ outside of its tensors. Importing this module does not import Triton.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "leading_strides",
     "list_parts",
     "lse_shape",
+    "nothing_attended",
     "on_device",
     "partition",
     "work_items",
@@ -360,6 +362,12 @@ def work_items(
     queries = torch.where(last <= short_rows, last, 0)
     short = torch.stack((number, starts + sizes - last, queries), dim=-1).to(torch.int32)
     return items, short
+
+
+def nothing_attended(q: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a kernel would give that has no key, or no query, to look at."""
+    lse = torch.full(lse_shape(q), -math.inf, device=q.device) if return_lse else None
+    return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
 
 
 def lse_shape(q: torch.Tensor) -> tuple[int, int, int]:

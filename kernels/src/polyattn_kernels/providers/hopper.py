@@ -36,6 +36,7 @@ from polyattn_kernels.providers._lists import (
     leading_strides,
     list_parts,
     lse_shape,
+    nothing_attended,
     on_device,
 )
 
@@ -141,8 +142,7 @@ def run(
     contiguous copy is made.
     """
     if not q.numel() or not plan.key_length:
-        lse = torch.full(lse_shape(q), -math.inf, device=q.device) if return_lse else None
-        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+        return nothing_attended(q, return_lse)
     q, k, v = (each if _is_aligned(each) else each.contiguous() for each in (q, k, v))
     if _is_tiled(plan):
         assert plan.query_block is not None

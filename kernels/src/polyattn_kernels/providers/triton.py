@@ -33,6 +33,7 @@ from polyattn_kernels.providers._lists import (
     is_tiled,
     leading_strides,
     lse_shape,
+    nothing_attended,
     on_device,
     partition,
 )
@@ -109,8 +110,7 @@ def run(
     copy is made.
     """
     if not q.numel() or not plan.key_length:
-        lse = torch.full(lse_shape(q), -math.inf, device=q.device) if return_lse else None
-        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+        return nothing_attended(q, return_lse)
     q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
     if is_tiled(plan):
         assert plan.query_block is not None

@@ -114,7 +114,8 @@ def load_strategy(path: str | os.PathLike[str]) -> Strategy:
     state = file_state(file)
     if state is None:
         raise ConfigError(
-            f"the mask strategy {str(path)!r} does not exist (looked in {Path.cwd()})"
+            f"the mask strategy {str(path)!r} does not exist (looked in {Path.cwd()})",
+            hint="mask_strategy_file_path=FILE, or window_size=[3,3,3] to begin without one",
         )
     return _read(str(file.absolute()), state)
 
