@@ -20,6 +20,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -362,9 +363,9 @@ class Comparison:
         return videos
 
     def save(self, draw: bool = True) -> None:
-        """All there is so far; one device's results leave the other's as they are."""
+        """All there is so far; the results of another device or other rows stay as they are."""
         data = saved(self.options.results)
-        data[self.device.type] = {
+        part = data[" ".join([self.device.type, *self.options.only])] = {
             "machine": machine(),
             "settings": self.settings,
             "arithmetic": "bf16 autocast" if self.options.autocast else "float32",
@@ -373,11 +374,11 @@ class Comparison:
             "rows": [row.report(self.dense) for row in (self.dense, *self.rows)],
         }
         command = " ".join(["python bench/sparse_quality.py", *portable(sys.argv[1:])])
-        data[self.device.type]["command"] = command
+        part["command"] = command
         title = "Sparse attention on the demo model, against dense"
         with contextlib.redirect_stdout(io.StringIO()):
             save(self.options.results, NAME, title, command, page(data), data)
-        if draw:
+        if draw and not self.options.only:
             self.draw()
 
     def draw(self) -> None:
@@ -435,7 +436,7 @@ def page(data: dict[str, Any]) -> str:
     ]
     for device in sorted(data, reverse=True):
         part = data[device]
-        where = part["machine"].get("gpu") if device == "cuda" else part["machine"]["cpu"]
+        where = part["machine"].get("gpu") if device.startswith("cuda") else part["machine"]["cpu"]
         parts += [
             f"## {where}",
             f"{part['settings']['num_inference_steps']} steps, {part['arithmetic']}, batch "
@@ -545,8 +546,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def wanted(row: Row, only: Sequence[str]) -> bool:
-    assert row.config is not None
-    return not only or row.config["backend"] in only
+    return not only or any(re.search(each, row.label_and_steps) for each in only)
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -574,7 +574,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop in time for this")
     parser.add_argument("--steps", type=int, help="sampling steps, if not the model's own")
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast, not float32")
-    parser.add_argument("--only", nargs="*", default=[], metavar="BACKEND", help="vsa sta ...")
+    parser.add_argument("--only", nargs="*", default=[], metavar="REGEX",
+                        help="rows whose label matches; saved beside all rows")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the pictures")
     parser.add_argument("--redraw", action="store_true", help="table and plot of what is saved")
@@ -586,7 +587,7 @@ def main() -> None:
     if not options.redraw:
         Comparison(options).run()
     data = saved(options.results)
-    part = data.get("cuda") or data.get("cpu")
+    part = data.get("cuda") or data.get("cpu") or next(iter(data.values()), None)
     if part is None:
         sys.exit("nothing was finished, so there is nothing to show")
     if options.redraw:
