@@ -21,6 +21,7 @@ import io
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -373,7 +374,7 @@ class Comparison:
             "seconds": round(self.elapsed(), 1),
             "rows": [row.report(self.dense) for row in (self.dense, *self.rows)],
         }
-        command = " ".join(["python bench/sparse_quality.py", *portable(sys.argv[1:])])
+        command = "python bench/sparse_quality.py " + shlex.join(portable(sys.argv[1:]))
         part["command"] = command
         title = "Sparse attention on the demo model, against dense"
         with contextlib.redirect_stdout(io.StringIO()):
