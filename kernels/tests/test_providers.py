@@ -65,5 +65,6 @@ def test_the_automatic_order_ends_with_what_serves_everything(block: int) -> Non
     order = automatic_order("cuda", plan, 128)
     assert order[-1] == "reference"
     assert set(order) == set(PROVIDERS)
-    assert order[0] == ("fa4" if block == 128 else "hopper")
-    assert automatic_order("cuda", plan, 64)[0] == "hopper"
+    assert order[0] == ("fa4" if block == 128 else "triton")
+    assert automatic_order("cuda", plan, 64)[0] == ("fa4" if block == 128 else "hopper")
+    assert automatic_order("cuda", plan, 96)[0] == "hopper"
