@@ -31,10 +31,10 @@ from polyattn_kernels import (
     Tiling,
     block_sparse_attention,
     gather_tokens,
-    pool_blocks,
     select_top_k,
     which_provider,
 )
+from polyattn_kernels.pooling import gather_and_pool
 from polyattn_kernels.tiling import tiling
 from polyattn_vsa.config import VsaConfig
 
@@ -67,16 +67,19 @@ class VsaAttention:
         if gate is not None:
             _check_gate(gate, q)
         has_coarse = self.config.has_coarse_branch(gate is not None)
-        layout = _layout(video, q.device)
+        layout, heads = _layout(video, q.device), q.shape[2]
         tiles = len(layout.tiling.tile_blocks)
         kept = min(max(math.ceil((1 - self.config.sparsity) * tiles), 1), tiles)
 
-        padded_q, padded_k, padded_v = (gather_tokens(x, layout.slot_tokens) for x in (q, k, v))
         coarse = selection = None
-        if has_coarse or kept < tiles:
-            scores = _scores(padded_q, padded_k, layout, call.scale)
-            if has_coarse:
-                coarse = _coarse_branch(scores, padded_v, layout)
+        scored = has_coarse or kept < tiles
+        padded_q, means_q = _arrange(q, layout, pooled=scored)
+        padded_k, means_k = _arrange(k, layout, pooled=scored)
+        padded_v, means_v = _arrange(v, layout, pooled=has_coarse)
+        if means_q is not None and means_k is not None:
+            scores = (means_q * call.scale) @ _per_query_head(means_k, heads).transpose(-1, -2)
+            if means_v is not None:
+                coarse = _coarse_branch(scores, _per_query_head(means_v, heads), layout, v.dtype)
             if kept < tiles:
                 selection = _select(scores, kept, layout)
         plan = layout.full_plan() if selection is None else _sparse_plan(selection, layout)
@@ -139,12 +142,6 @@ class Layout:
     @property
     def rows(self) -> int:
         return self.tiling.padded_length
-
-    @property
-    def tile_rows(self) -> slice:
-        """The rows of the video's tiles."""
-        blocks = self.tiling.tile_blocks
-        return slice(blocks.start * BLOCK, blocks.stop * BLOCK)
 
     @property
     def text_rows(self) -> slice | None:
@@ -230,12 +227,21 @@ def _static_layout(
 # --- the two branches -----------------------------------------------------------------------------
 
 
-def _tile_means(padded: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The mean of each tile's visible tokens, ``[B, H, tiles, D]``, 0 for a tile without any."""
-    dtype = torch.float64 if padded.dtype is torch.float64 else torch.float32
-    rows = padded[:, layout.tile_rows]
-    means, _ = pool_blocks(rows, block=BLOCK, lengths=layout.visible_of_tiles, dtype=dtype)
-    return means.transpose(1, 2)
+def _arrange(
+    x: torch.Tensor, layout: Layout, *, pooled: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x in padded rows; if asked, the mean of each tile's visible tokens ``[B, H, tiles, D]``.
+
+    A tile without any has mean 0.
+    """
+    if not pooled:
+        return gather_tokens(x, layout.slot_tokens), None
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    rows, means = gather_and_pool(
+        x, layout.slot_tokens, block=BLOCK, lengths=layout.visible, dtype=dtype
+    )
+    blocks = layout.tiling.tile_blocks
+    return rows, means[:, blocks.start : blocks.stop].transpose(1, 2)
 
 
 def _per_query_head(means: torch.Tensor, heads: int) -> torch.Tensor:
@@ -244,13 +250,9 @@ def _per_query_head(means: torch.Tensor, heads: int) -> torch.Tensor:
     return means if shared == 1 else means.repeat_interleave(shared, dim=1)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """How each tile scores every other, ``[B, H, tiles, tiles]``; q and k are padded."""
-    means_k = _per_query_head(_tile_means(k, layout), q.shape[2])
-    return (_tile_means(q, layout) * scale) @ means_k.transpose(-1, -2)
-
-
-def _coarse_branch(scores: torch.Tensor, padded_v: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _coarse_branch(
+    scores: torch.Tensor, means_v: torch.Tensor, layout: Layout, dtype: torch.dtype
+) -> torch.Tensor:
     """One vector for each tile, ``[B, tiles, H, D]`` in v's dtype.
 
     Every tile weighs the same, however many tokens it has.
@@ -260,8 +262,7 @@ def _coarse_branch(scores: torch.Tensor, padded_v: torch.Tensor, layout: Layout)
         empty = (layout.visible_of_tiles == 0).unsqueeze(2)
         # Not -inf: where all tiles are empty, their values, which are zeros, are averaged.
         scores = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-    means_v = _per_query_head(_tile_means(padded_v, layout), scores.shape[1])
-    return (scores.softmax(-1) @ means_v).transpose(1, 2).to(padded_v.dtype)
+    return (scores.softmax(-1) @ means_v).transpose(1, 2).to(dtype)
 
 
 def _select(scores: torch.Tensor, kept: int, layout: Layout) -> BlockSelection:
