@@ -111,6 +111,10 @@ def test_gathered_and_pooled_in_one_pass(
         assert means.dtype is pooled.dtype
         assert torch.equal(means, pooled)
         assert torch.isfinite(means).all()
+        alone, _ = pool_blocks(
+            x, block=built.block, lengths=lengths, permutation=index, dtype=asked, provider=provider
+        )
+        assert torch.equal(alone, means)  # without the gathered tensor
 
 
 def test_gathered_and_pooled_without_lengths_or_rows(provider: str) -> None:

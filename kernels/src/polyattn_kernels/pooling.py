@@ -40,7 +40,8 @@ def pool_blocks(
             negative number counts as 0, one that is too large as the rows of the block.
         offsets: int32 ``[B|1, H|1, M + 1]``, variable blocks instead of uniform ones: 0 first, S
             last, never decreasing. A block that ends before it starts has count 0.
-        permutation: int32 ``[B|1, H|1, S]``, the token at each position; None: token order.
+        permutation: int32 ``[B|1, H|1, S]``, the token at each position; None: token order. With
+            lengths there may be another number of positions, and -1 where no token is.
         dtype: of the means, None for x's. Sums are float32 (float64 for a float64 x).
         provider: ``"auto"``, ``"torch"`` or ``"triton"``.
 
@@ -123,7 +124,8 @@ def _counts(
         )
     length = x.shape[1]
     if permutation is not None:
-        check_index(x, permutation, "permutation", length)
+        check_index(x, permutation, "permutation", length if lengths is None else None)
+        length = permutation.shape[-1]
     if offsets is not None:
         if lengths is not None:
             raise AttentionInputError("lengths belong to uniform blocks; offsets say it all")
