@@ -194,8 +194,11 @@ def test_more_work_than_programs() -> None:
 @pytest.mark.parametrize("keys", ["uniform", "ragged"])
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
-    [*itertools.product((64, 128), (torch.float16, torch.bfloat16)), (16, torch.bfloat16),
-     (80, torch.float16)],
+    [
+        *itertools.product((64, 128), (torch.float16, torch.bfloat16)),
+        (16, torch.bfloat16),
+        (80, torch.float16),
+    ],
 )
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 128), (384, 64)])
 @pytest.mark.parametrize("longer", [False, True])

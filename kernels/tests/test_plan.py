@@ -510,6 +510,14 @@ def test_the_unchanged_plan_is_valid() -> None:
             "uniform",
         ),
         ({"query_permutation": int32(*range(41))}, r"query_permutation must be .* 40\]"),
+        (
+            {"query_permutation": int32(*range(39)), "query_lengths": int32(1, 2, 3)},
+            r"query_permutation must be .* 40\]",
+        ),
+        (
+            {"query_permutation": int32(7)[0, 0, 0], "query_lengths": int32(1, 2, 3)},
+            r"query_permutation must be .* 40\], found int32 \[\]",
+        ),
         ({"key_counts": int32(1, 2, 0).expand(2, 3, 3)}, "key_counts must be contiguous"),
         (
             {
@@ -578,9 +586,7 @@ def test_values_that_no_kernel_may_meet_are_named(changes: dict[str, Any], said:
 def longer(*order: int) -> BlockSparsePlan:
     """40 positions, 37 of them within lengths of 16, 13 and 8, for 38 queries."""
     return BlockSparsePlan(
-        **fields(
-            query_length=38, query_lengths=int32(16, 13, 8), query_permutation=int32(*order)
-        )
+        **fields(query_length=38, query_lengths=int32(16, 13, 8), query_permutation=int32(*order))
     )
 
 

@@ -873,8 +873,8 @@ def _numbers_of_blocks(
             require_int(f"{side}_block", block, 16, error=PlanError)
             if block % 16:
                 raise PlanError(f"{side}_block must be a positive multiple of 16, found {block}")
-            order: Any = geometry.get(f"{side}_permutation")
-            if side == "query" and geometry.get("query_lengths") is not None and order is not None:
+            order: Any = geometry.get("query_permutation") if side == "query" else None
+            if geometry.get("query_lengths") is not None and order is not None and order.dim() == 3:
                 tokens = max(tokens, order.shape[-1])  # the walk may be longer
             numbers.append(-(-tokens // block))
             continue
@@ -913,7 +913,9 @@ def _check_structure(plan: BlockSparsePlan) -> None:
     query_blocks, key_blocks = _numbers_of_blocks(plan.query_length, plan.key_length, geometry)
     for name in ("key_counts", "key_indices"):
         _require_tensor(name, getattr(plan, name))
-    longer = plan.query_lengths is not None and plan.query_positions > plan.query_length
+    order, positions = plan.query_permutation, plan.query_length
+    if plan.query_lengths is not None and order is not None and order.dim() == 3:
+        positions = max(positions, order.shape[-1])
     capacity = plan.key_indices.shape[3] if plan.key_indices.dim() == 4 else "capacity"
     tails: dict[str, tuple[Any, ...]] = {
         "key_counts": (query_blocks,),
@@ -922,7 +924,7 @@ def _check_structure(plan: BlockSparsePlan) -> None:
         "key_offsets": (key_blocks + 1,),
         "query_lengths": (query_blocks,),
         "key_lengths": (key_blocks,),
-        "query_permutation": (plan.query_positions if longer else plan.query_length,),
+        "query_permutation": (positions,),
         "key_permutation": (plan.key_length,),
     }
     leading: dict[int, tuple[int, str]] = {}

@@ -633,7 +633,8 @@ def uniform_attention(
     D: gl.constexpr, BLOCK_D: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr,
     REPAIR: gl.constexpr, QUERY_LENGTHS: gl.constexpr, QUERIES_PERMUTED: gl.constexpr,
-    FETCH: gl.constexpr, STORE_LSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    FETCH: gl.constexpr, STORE_LSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Work items 0 to ``end - 1`` of ``tiles`` per head: tiles of queries against their lists.
 
@@ -740,8 +741,8 @@ def _gathered_consumer(
         keys, values, key_full, key_free, value_full, value_free, query_full, turn,
         repaired, out, lse, items, query_permutation, token_counts, scale, out_stride_b,
         out_stride_s, out_stride_h, query_permutation_stride_b, query_permutation_stride_h,
-        first_instance, plan_heads, replicas, head_replicas, heads, num_items, walk,
-        query_length, num_query_blocks,
+        first_instance, plan_heads, replicas, head_replicas, heads, num_items, query_length,
+        num_query_blocks,
     ) = shared  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -775,7 +776,7 @@ def _gathered_consumer(
                 WARPGROUP, CONSUMERS, KEYS, BLOCK_D, BUFFERS, True, False,
             )  # fmt: skip
         rows, valid = _query_rows(
-            first, number, within, query_permutation, instance, plan_heads, walk,
+            first, number, within, query_permutation, instance, plan_heads, query_length,
             query_length, query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
         )  # fmt: skip
         _store(
@@ -800,8 +801,8 @@ def _gathered_producer(
         value_full, value_free, query_full, items, query_permutation, tokens, token_counts,
         q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b,
         v_stride_s, v_stride_h, query_permutation_stride_b, query_permutation_stride_h,
-        first_instance, plan_heads, replicas, head_replicas, group, num_items, walk,
-        query_length, key_length, num_query_blocks,
+        first_instance, plan_heads, replicas, head_replicas, group, num_items, query_length,
+        key_length, num_query_blocks,
     ) = shared  # fmt: skip
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     PER_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -821,7 +822,7 @@ def _gathered_producer(
         )
         row = gl.arange(0, ROWS, layout=PER_ROW)
         rows, valid = _query_rows(
-            first, number, row, query_permutation, instance, plan_heads, walk,
+            first, number, row, query_permutation, instance, plan_heads, query_length,
             query_length, query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
         )  # fmt: skip
         async_copy.async_copy_global_to_shared(
@@ -831,7 +832,7 @@ def _gathered_producer(
         )
         if CONSUMERS == 2:
             rows, valid = _query_rows(
-                first, number, ROWS + row, query_permutation, instance, plan_heads, walk,
+                first, number, ROWS + row, query_permutation, instance, plan_heads, query_length,
                 query_length, query_permutation_stride_b, query_permutation_stride_h,
                 QUERIES_PERMUTED,
             )  # fmt: skip
@@ -892,8 +893,8 @@ def gathered_attention(
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, out_stride_b, out_stride_s, out_stride_h,
     query_permutation_stride_b, query_permutation_stride_h,
-    first_instance, plan_heads, replicas, head_replicas, heads, group, num_items, walk,
-    query_length, key_length, num_query_blocks,
+    first_instance, plan_heads, replicas, head_replicas, heads, group, num_items, query_length,
+    key_length, num_query_blocks,
     D: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr, KEYS: gl.constexpr,
     BUFFERS: gl.constexpr, QUERIES_PERMUTED: gl.constexpr, WIDE: gl.constexpr,
     STORE_LSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
@@ -918,15 +919,14 @@ def gathered_attention(
         keys, values, key_full, key_free, value_full, value_free, query_full, turn, repaired, out,
         lse, items, query_permutation, token_counts, scale, out_stride_b, out_stride_s,
         out_stride_h, query_permutation_stride_b, query_permutation_stride_h, first_instance,
-        plan_heads, replicas, head_replicas, heads, num_items, walk, query_length,
-        num_query_blocks,
+        plan_heads, replicas, head_replicas, heads, num_items, query_length, num_query_blocks,
     )  # fmt: skip
     producer = (
         q, k, v, first_queries, second_queries, keys, values, key_full, key_free, value_full,
         value_free, query_full, items, query_permutation, tokens, token_counts, q_stride_b,
         q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s,
         v_stride_h, query_permutation_stride_b, query_permutation_stride_h, first_instance,
-        plan_heads, replicas, head_replicas, group, num_items, walk, query_length, key_length,
+        plan_heads, replicas, head_replicas, group, num_items, query_length, key_length,
         num_query_blocks,
     )  # fmt: skip
     if CONSUMERS == 2:

@@ -349,7 +349,6 @@ def attend_gathered(
                     heads,
                     heads // k.shape[2],
                     work.shape[1],
-                    plan.query_positions,
                     query_length,
                     plan.key_length,
                     plan.num_query_blocks,

@@ -1,10 +1,11 @@
 """A video cut into tiles, and which of them each tile sees, in the form block-sparse kernels take.
 
-Keys and values are moved tile by tile into rows, so that a tile (or as many tokens of text) is a run
-of rows with its tokens first; the rows are cut into blocks of one power of two, 128 for the usual
-tile of 6 x 8 x 8 = 384. Blocks without a token are in nobody's list, which is what makes ragged
-edges cheap. Queries have the same rows, but stay where they are, and so do results: a plan says
-which row is which token. Everything that depends on no tensor is computed once for each grid, window and device.
+Keys and values are moved tile by tile into rows, so that a tile (or as many tokens of text) is a
+run of rows with its tokens first; the rows are cut into blocks of one power of two, 128 for the
+usual tile of 6 x 8 x 8 = 384. Blocks without a token are in nobody's list, which is what makes
+ragged edges cheap. Queries have the same rows, but stay where they are, and so do results: a plan
+says which row is which token. Everything that depends on no tensor is computed once for each grid,
+window and device.
 """
 
 from __future__ import annotations

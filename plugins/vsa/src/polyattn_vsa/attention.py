@@ -123,8 +123,9 @@ def _check_gate(gate: torch.Tensor, q: torch.Tensor) -> None:
 class Layout:
     """The padded layout of one sequence: every tile and every 64 tokens of text take 64 rows.
 
-    Keys and values are moved into it; queries, and results, stay where they are, and a plan says
-    which row is which token. A block's visible tokens come first, then its hidden ones, then rows that are no tokens.
+    A block's visible tokens come first, then its hidden ones, then rows that are no tokens. Keys
+    and values are moved into the layout; queries and results stay where they are, and a plan says
+    which row is which token.
     """
 
     tiling: Tiling
