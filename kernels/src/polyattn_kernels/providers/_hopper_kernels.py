@@ -382,11 +382,11 @@ def _uniform_consumer(
             if FETCH:
                 # The last item's are done with: no warp passes the barrier in front of an arrival
                 # on query_free before all four have.
-                base = q + batch.to(gl.int64) * (q_stride_b * 8)
+                offset = batch.to(gl.int64) * q_stride_b + head.to(gl.int64) * q_stride_h
                 _fetch_queries(
-                    queries, base + head.to(gl.int64) * (q_stride_h * 8), first, query_permutation,
-                    batch * heads + head, heads, walk, query_length, query_permutation_stride_b,
-                    query_permutation_stride_h, q_stride_s, D, BLOCK_D,
+                    queries, q + offset * 8, first, query_permutation, batch * heads + head, heads,
+                    walk, query_length, query_permutation_stride_b, query_permutation_stride_h,
+                    q_stride_s, D, BLOCK_D,
                 )  # fmt: skip
                 mbarrier.arrive(query_full, count=1)
             mbarrier.wait(query_full, query_phase)
