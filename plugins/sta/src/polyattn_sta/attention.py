@@ -42,7 +42,7 @@ from polyattn_sta.windows import (
 
 __all__ = ["build"]
 
-# q, k and v in rows, and the key lengths of their plan.
+# q as it is, k and v in rows, and the key lengths of their plan.
 Arranged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 RUN = ("sliding_tile_attn",)  # where a run's state keeps what all its layers share
@@ -82,7 +82,7 @@ class _SlidingTiles:
         tiles = tiles_of(sequence, self.config.tile_size, q.device)
         assert call.context is not None  # video_sequence has refused a call without one
         plan, facts = self.plan(tiles, call.context, q.shape[2])
-        arranged = tiles.arrange(q, k, v, sequence)
+        arranged = (q, *tiles.arrange(k, v, sequence))
         out, lse = attend(*arranged, plan, call.scale, call.return_lse)
         call.facts = {
             **facts,
@@ -90,8 +90,7 @@ class _SlidingTiles:
             "tiles": f"{words(tiles.tile_grid)} of {words(self.config.tile_size)}",
             "provider": which_provider(plan, *arranged[:3]).name,
         }
-        out = tiles.restore(out)
-        return out if lse is None else (out, tiles.restore_lse(lse))
+        return out if lse is None else (out, lse)
 
     def plan(
         self, tiles: Tiles, context: ForwardContext, heads: int
@@ -102,7 +101,7 @@ class _SlidingTiles:
     def measure(
         self, arranged: Arranged, out: torch.Tensor, tiles: Tiles, call: AttentionCall
     ) -> Mapping[str, Any]:
-        """What else is to be done with the arranged tensors and their result ``[B, R, H, D]``."""
+        """What else is to be done with the arranged tensors and their result ``[B, S, H, D]``."""
         return {}
 
 
@@ -221,13 +220,13 @@ class Search(_SlidingTiles):
         assert context is not None
         assert config.search_output_path is not None
         plans = self._plans(tiles)
-        full = out[:, tiles.video_rows]
+        full = out[:, tiles.video]
         batch, _, _, head_dim = out.shape
-        values = batch * math.prod(tiles.geometry.grid) * head_dim  # rows of padding never differ
+        values = batch * math.prod(tiles.geometry.grid) * head_dim
         errors = []
         for plan in plans.plans[:-1]:
             other, _ = attend(*arranged, plan, call.scale)
-            errors.append(_errors(other[:, tiles.video_rows] - full, values))
+            errors.append(_errors(other[:, tiles.video] - full, values))
         squared, absolute = torch.stack(errors, 1).tolist()  # the one wait of a searched call
         step, layer = _step_and_layer(context)
         run = context.run_state.setdefault(RUN, {})
