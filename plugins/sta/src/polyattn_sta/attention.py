@@ -62,7 +62,9 @@ def build(config: StaConfig, request: AttentionRequest, environment: Environment
     else:
         attention = ByStrategy(config)
     if request.grid is not None:
-        attention.check(tiles_along(request.grid, config.tile_size), request.heads)
+        attention.check(
+            tiles_along(request.grid, config.tile_size), request.heads, request.first_head
+        )
     return attention
 
 
@@ -72,7 +74,7 @@ class _SlidingTiles:
     def __init__(self, config: StaConfig) -> None:
         self.config = config
 
-    def check(self, tiles: Extent, heads: int | None) -> None:
+    def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
         """ConfigError for what cannot serve this tile grid and number of heads."""
 
     def __call__(
@@ -124,11 +126,11 @@ class ByStrategy(_SlidingTiles):
         super().__init__(config)
         self.name = f"strategy of {config!r}"  # in a run's state
 
-    def check(self, tiles: Extent, heads: int | None) -> None:
+    def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
         strategy, _ = self.strategy()
         strategy.check_tiles(tiles, self.config.tile_size)
         if heads is not None:
-            strategy.check_heads(heads, self.config.first_head)
+            strategy.check_heads(heads, first_head)
 
     def strategy(self) -> tuple[Strategy, str]:
         """The strategy as it is now, and where it comes from."""
@@ -155,10 +157,10 @@ class ByStrategy(_SlidingTiles):
         strategy, source = run[self.name]
         step, layer = _step_and_layer(context)
         strategy.check_tiles(tiles.tile_grid, self.config.tile_size)
-        strategy.check_heads(heads, self.config.first_head)
+        strategy.check_heads(heads, context.first_head)
         strategy.check_layers(layer, context.num_layers)
         own_step = strategy.step_for(step, context.num_steps)
-        first = self.config.first_head or 0
+        first = context.first_head or 0
         own_heads = slice(first, first + heads)
         plan, density = window_plans(tiles, strategy.windows).of_heads(
             strategy.of_heads(own_step, layer)[own_heads],
@@ -181,7 +183,7 @@ def _choices_on(strategy: Strategy, device: torch.device) -> torch.Tensor:
 class Search(_SlidingTiles):
     """Full attention, and a record of how far each candidate window is from it."""
 
-    def check(self, tiles: Extent, heads: int | None) -> None:
+    def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
         self.candidates(tiles)
 
     def candidates(self, tiles: Extent) -> tuple[Extent, ...]:
@@ -238,7 +240,7 @@ class Search(_SlidingTiles):
                 layer=layer,
                 num_layers=context.num_layers,
                 branch=context.branch,
-                first_head=config.first_head or 0,
+                first_head=context.first_head or 0,
                 tile=config.tile_size,
                 tiles=tiles.tile_grid,
                 candidates=self.candidates(tiles.tile_grid),
