@@ -15,15 +15,21 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import diffusers
 import torch
 import torch.distributed as dist
 
 import polyattn
 from polyattn.environment import Environment
-from polyattn.errors import BackendUnavailableError, InputError, ParallelError
+from polyattn.errors import BackendUnavailableError, BridgeError, InputError, ParallelError
 from polyattn.parallel import agreement, layers, sequence_mesh, shard_lengths
 from polyattn.reporting import Report, reporting_to
+
+sys.path.append(str(Path(__file__).parents[2] / "core" / "tests" / "compute"))
+
+import tiny_wan
 
 CASES: dict[str, Callable[[int], None]] = {}
 TIMEOUT = timedelta(seconds=60)
@@ -318,6 +324,95 @@ def text_and_video(ranks: int) -> None:
         )
     same(out, *shards((wanted[:, :-7],)), 2e-5)
     same(words, wanted[:, -7:], 2e-5)
+
+
+# --- diffusers ----------------------------------------------------------------------------------
+
+
+def tiny_forward(model: Any, frames: int = 2, height: int = 4, width: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, frames, height, width, generator=generator)
+    words = torch.randn(1, 7, 16, generator=generator)
+    with torch.no_grad():
+        return model(latents, torch.tensor([500.0]), words, return_dict=False)[0]
+
+
+@case
+def a_denoiser_over_processes(ranks: int) -> None:
+    model = tiny_wan.tiny_transformer()
+    for size in ({}, {"frames": 1, "height": 6, "width": 6}):  # 12 tokens, and 9: uneven
+        wanted = tiny_forward(model, **size)
+        for mesh in every_mesh(ranks):
+            with polyattn.apply(model, "sdpa", mesh=mesh) as handle:
+                found = tiny_forward(model, **size)
+            same(found, wanted, 1e-5)
+            # With fewer heads than ranks, some have nothing to attend to.
+            assert {row.used for row in handle.report.rows} == {"torch_sdpa"}
+    assert torch.equal(tiny_forward(model, **size), wanted)
+    assert not any(hasattr(each, "_diffusers_hook") for each in model.modules())
+
+
+@case
+def a_sparse_method_sees_the_whole_video(ranks: int) -> None:
+    model = tiny_wan.tiny_transformer()
+    for name, config in (("vsa", {"sparsity": 0.5}), ("vmoba", SPARSE["vmoba"])):
+        with polyattn.apply(model, name, config=config):
+            wanted = tiny_forward(model, frames=5, height=10, width=10)
+        with polyattn.apply(model, name, config=config, mesh=sequence_mesh()) as handle:
+            found = tiny_forward(model, frames=5, height=10, width=10)
+        same(found, wanted, 1e-5)
+        assert handle.report.density is None or 0 < handle.report.density < 1
+        ring = sequence_mesh(ring_degree=ranks)
+        with polyattn.apply(model, name, config=config, mesh=ring):
+            refused(BackendUnavailableError, "whole token grid", lambda: tiny_forward(model))
+
+
+@case
+def a_pipeline_over_processes(ranks: int) -> None:
+    def video() -> Any:
+        return pipe(
+            prompt="a red circle", num_inference_steps=2, generator=torch.manual_seed(0),
+            output_type="np", guidance_scale=3.0, max_sequence_length=8, **tiny_wan.SIZE,
+        ).frames  # fmt: skip
+
+    pipe = tiny_wan.tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    wanted = torch.from_numpy(video())
+    with polyattn.apply(pipe, mesh=sequence_mesh()):
+        found = torch.from_numpy(video())
+    same(found, wanted, 1e-4)
+
+
+@case
+def diffusers_own_context_parallelism(ranks: int) -> None:
+    """A user's enable_parallelism stays in charge of the tokens; the attention is polyattn's."""
+    model = tiny_wan.tiny_transformer()
+    wanted = tiny_forward(model)
+    config = diffusers.ContextParallelConfig(ulysses_degree=ranks)
+    with (  # it counts devices, and a CPU is none
+        mock.patch.object(torch.accelerator, "device_count", return_value=1),
+        mock.patch.object(torch._C, "_get_accelerator", return_value=torch.device("cpu")),
+    ):
+        model.enable_parallelism(config=config)
+    with polyattn.apply(model, "sdpa") as handle:
+        same(tiny_forward(model), wanted, 1e-5)
+        assert {row.used for row in handle.report.rows} == {"torch_sdpa"}
+    refused(BridgeError, "without mesh=", lambda: polyattn.apply(model, mesh=sequence_mesh()))
+
+
+@case
+def spreadings_that_do_not_fit(ranks: int) -> None:
+    model = tiny_wan.tiny_transformer()
+    mesh = sequence_mesh()
+    first = polyattn.apply(model, "sdpa", mesh=mesh)
+    refused(BridgeError, "another mesh", lambda: polyattn.apply(model, mesh=sequence_mesh()))
+    wanted = tiny_forward(model)
+    with polyattn.apply(model, "sdpa"):  # takes part
+        first.restore()
+        same(tiny_forward(model), wanted, 1e-6)
+    model._cp_plan = None
+    refused(BridgeError, "no plan", lambda: polyattn.apply(model, mesh=mesh))
+    same(tiny_forward(model), wanted, 1e-5)
 
 
 # --- refusals -----------------------------------------------------------------------------------

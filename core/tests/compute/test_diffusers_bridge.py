@@ -732,18 +732,19 @@ def test_a_model_compiled_afterwards_is_refused_when_it_runs() -> None:
             _forward(model)
 
 
-def test_context_parallelism_is_refused() -> None:
+def test_parallelism_of_another_kind_is_refused() -> None:
     model = tiny_wan.tiny_transformer()
-    model.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(BridgeError, match="context parallelism"):
-        polyattn.apply(model)
-    model.blocks[0].attn1.processor._parallel_config = None
-    model._parallel_config = object()
-    with pytest.raises(BridgeError, match="context parallelism"):
+    model._parallel_config = SimpleNamespace(tensor_parallel_config=object())
+    with pytest.raises(BridgeError, match="a parallelism of diffusers"):
         polyattn.apply(model)
     del model._parallel_config
-    with polyattn.apply(model), pytest.raises(BridgeError, match="context parallelism"):
+    with polyattn.apply(model), pytest.raises(BridgeError, match="while polyattn is applied"):
         model.blocks[0].attn1.processor._parallel_config = object()
+    with polyattn.apply(model):
+        for block in model.blocks:
+            block.attn1.processor.routing._parallel_config = object()
+        with pytest.raises(BridgeError, match="after polyattn was applied"):
+            _forward(model)
 
 
 def test_gradient_checkpointing_is_refused_when_it_would_recompute() -> None:

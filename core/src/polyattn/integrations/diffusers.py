@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -49,6 +50,9 @@ from polyattn.integrations.registration import (
 )
 from polyattn.integrations.runs import CacheContextWatch, RunTracker, announced_for
 from polyattn.integrations.sites import call_sites
+from polyattn.integrations.spreading import Spreading, mesh_of
+from polyattn.parallel.layers import USPAttention
+from polyattn.parallel.mesh import shard_lengths
 from polyattn.reporting import Report, Row, reporting_to
 from polyattn.selection import asked_for
 
@@ -63,6 +67,7 @@ def apply(
     *,
     config: Any = None,
     cross_backend: str | None = None,
+    mesh: Any = None,
 ) -> Handle:
     """Run the denoisers of a diffusers pipeline, or one such model, on polyattn's backends.
 
@@ -73,8 +78,12 @@ def apply(
     parameters. Names and parameters are checked here; whether a backend can serve the tensors shows
     at the first call, since a pipeline may still move to another device.
 
+    ``mesh`` (:func:`polyattn.parallel.sequence_mesh`, on every process of a ``torchrun`` job)
+    spreads the denoisers' sequence over its processes; every process then has the whole result. A
+    model for which diffusers' ``enable_parallelism`` was called before is served as it is.
+
     Raises :class:`~polyattn.errors.BridgeError` for what cannot be bridged: an unknown family, a
-    compiled model, context parallelism, a diffusers that looks different.
+    compiled model, tensor parallelism, a diffusers that looks different.
     """
     sites = call_sites(backend, config, cross_backend)
     pipeline, models = _denoisers(pipe_or_model)
@@ -82,7 +91,7 @@ def apply(
     member = registered_member()
     self_test(member)
     notes = _notes(plans)
-    handle = Handle(plans, sites, _tracker(pipeline), member, notes)
+    handle = Handle(plans, sites, _tracker(pipeline), member, notes, mesh)
     for note in notes:
         logger.info(note)
     return handle
@@ -184,11 +193,7 @@ def _plan(component: str, model: Any) -> _Plan:
             f"{component} is a {type(model).__name__}, a family polyattn does not serve yet; "
             f"supported: {supported_words()}"
         )
-    if getattr(model, "_parallel_config", None) is not None:
-        raise BridgeError(
-            f"{component} has diffusers' context parallelism enabled, which does not go through "
-            "polyattn yet"
-        )
+    mesh_of(component, model)  # refuses other kinds of parallelism
     places = family.places(model)
     if not places:
         raise BridgeError(
@@ -220,11 +225,6 @@ def _check_processor(component: str, place: AttentionPlace) -> None:
             f"{where} has the processor {type(processor).__name__}, which does not let its "
             "attention backend be chosen",
             hint=f"{component}.set_attn_processor(...) with diffusers' own processor",
-        )
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise BridgeError(
-            f"{where} has diffusers' context parallelism enabled, which does not go through "
-            "polyattn yet"
         )
 
 
@@ -322,8 +322,8 @@ class _RoutedProcessor:
     def _parallel_config(self, value: Any) -> None:
         if self.bindings and value is not None:
             raise BridgeError(
-                "diffusers' context parallelism does not go through polyattn yet",
-                hint="handle.restore() before enable_parallelism(...)",
+                "diffusers' context parallelism cannot be enabled while polyattn is applied",
+                hint="handle.restore(), enable_parallelism(...), and polyattn.apply(...) again",
             )
         self.replaced._parallel_config = value
 
@@ -335,6 +335,16 @@ class _Binding:
         self.attachment = attachment
         self.place = place
         self.site = site
+        self._layers: dict[Any, USPAttention] = {}
+
+    def layer(self, is_causal: bool, scale: float | None) -> USPAttention:
+        """Attention over this model's mesh, for calls of this kind."""
+        key = (is_causal, scale)
+        if key not in self._layers:
+            self._layers[key] = USPAttention.at(
+                self.site, mesh=self.attachment.mesh, is_causal=is_causal, scale=scale
+            )
+        return self._layers[key]
 
 
 @dataclass(frozen=True)
@@ -343,6 +353,10 @@ class _Call:
 
     binding: _Binding
     hidden_states: torch.Tensor | None
+
+    @property
+    def spread(self) -> bool:
+        return self.binding.attachment.mesh is not None
 
     def attend(
         self,
@@ -359,11 +373,29 @@ class _Call:
             # value in bfloat16.
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (each.to(dtype) for each in (query, key, value))
+        if self.spread and self.binding.place.role == "self":
+            return self._attend_together(query, key, value, mask, is_causal, scale)
+        # Cross-attention needs no other process: each has all of the text.
         result = attend(
             self.binding.site, query, key, value, mask, is_causal, scale, enable_gqa,
             extras=self.extras(query),
         )  # fmt: skip
         assert isinstance(result, torch.Tensor)
+        return result
+
+    def _attend_together(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        mask: torch.Tensor | None, is_causal: bool, scale: float | None,
+    ) -> torch.Tensor:  # fmt: skip
+        layer = self.binding.layer(is_causal, scale)
+        context = current_context()
+        assert context is not None
+        lengths = None
+        if context.grid is not None:  # how diffusers' hooks have split it
+            lengths = shard_lengths(math.prod(context.grid), layer.groups.size)
+        result: torch.Tensor = layer(
+            query, key, value, attn_mask=mask, extras=self.extras(query), lengths=lengths
+        )
         return result
 
     def extras(self, query: torch.Tensor) -> dict[str, torch.Tensor] | None:
@@ -402,8 +434,11 @@ class _Attachment:
     """One denoiser under one handle: watches its forwards, and binds its attention modules."""
 
     def __init__(
-        self, plan: _Plan, sites: Mapping[str, CallSite], tracker: RunTracker, report: Report
-    ) -> None:
+        self, plan: _Plan, sites: Mapping[str, CallSite], tracker: RunTracker, report: Report,
+        mesh: Any,
+    ) -> None:  # fmt: skip
+        self._wanted_mesh, self._spreads = mesh, False
+        self.mesh: Any = None  # while attached: what the model is spread over
         self.component = plan.component
         self.model = plan.model
         self.family = plan.family
@@ -421,6 +456,8 @@ class _Attachment:
         return len(self._bindings)
 
     def attach(self, member: Any) -> None:
+        self._spreads = Spreading.attach(self.component, self.model, self._wanted_mesh)
+        self.mesh = mesh_of(self.component, self.model)
         for binding in self._bindings:
             module = binding.place.module
             if not isinstance(module.processor, _RoutedProcessor):
@@ -437,7 +474,9 @@ class _Attachment:
             hook.remove()
         if self._hooks:
             CacheContextWatch.detach(self.model)
-        self._hooks = []
+        if self._spreads:
+            Spreading.detach(self.model)
+        self._hooks, self._spreads = [], False
         for binding in self._bindings:
             processor = binding.place.module.processor
             if isinstance(processor, _RoutedProcessor) and binding in processor.bindings:
@@ -553,12 +592,13 @@ class Handle:
         tracker: RunTracker,
         member: Any,
         notes: tuple[str, ...],
+        mesh: Any = None,
     ) -> None:
         reports = {plan.component: Report() for plan in plans}
         self.report = PipelineReport(reports)
         self.notes = notes
         self._attachments = [
-            _Attachment(plan, sites, tracker, reports[plan.component]) for plan in plans
+            _Attachment(plan, sites, tracker, reports[plan.component], mesh) for plan in plans
         ]
         try:
             for attachment in self._attachments:

@@ -30,7 +30,13 @@ _registering = threading.Lock()
 
 
 class Route(Protocol):
-    """Who answers the attention calls that diffusers makes inside :func:`routed`."""
+    """Who answers the attention calls that diffusers makes inside :func:`routed`.
+
+    ``spread`` says whether it knows that the tensors are shards of a sequence.
+    """
+
+    @property
+    def spread(self) -> bool: ...
 
     def attend(
         self,
@@ -78,8 +84,11 @@ def _attention_for_diffusers(
         )
     if dropout_p:
         raise BridgeError(f"polyattn has no attention dropout, and the model asks for {dropout_p}")
-    if _parallel_config is not None:
-        raise BridgeError("diffusers' context parallelism does not go through polyattn yet")
+    if _parallel_config is not None and not route.spread:
+        raise BridgeError(
+            "diffusers' context parallelism was enabled after polyattn was applied",
+            hint="polyattn.apply(pipe, ...) after enable_parallelism(...)",
+        )
     return route.attend(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
@@ -119,7 +128,7 @@ def registered_member() -> Any:
                 return found
             raise _unfit(f"something else already registered a backend named {NAME!r}")
         member = _new_member(names)
-        backends.register(member)(_attention_for_diffusers)
+        backends.register(member, supports_context_parallel=True)(_attention_for_diffusers)
         return member
 
 
@@ -153,6 +162,8 @@ def _new_member(names: Any) -> Any:
 
 class _SelfTestRoute:
     """Torch's own attention, to compare with what comes back through diffusers."""
+
+    spread = False
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

@@ -15,7 +15,7 @@ import torch
 
 from polyattn.context import ForwardContext, current_context, entered
 from polyattn.contract import default_scale
-from polyattn.dispatch import Output, attend, decide
+from polyattn.dispatch import CallSite, Output, attend, decide
 from polyattn.errors import BackendUnavailableError, InputError, ParallelError, PolyattnError
 from polyattn.inputs import view_mask
 from polyattn.layers import LocalAttention
@@ -71,6 +71,13 @@ class USPAttention(LocalAttention):
         self._together = self._in_parallel
         self.groups  # noqa: B018 - says at once what is wrong with the mesh
 
+    @classmethod
+    def at(cls, site: CallSite, *, mesh: Any, is_causal: bool, scale: float | None) -> Any:
+        """The layer of a call site that exists already, as the bridges have them."""
+        layer = cls(mesh=mesh, is_causal=is_causal, scale=scale, role="", enable_gqa=True)
+        layer._site, layer._site_text = site, site.text
+        return layer
+
     def extra_repr(self) -> str:
         groups = self.groups
         degrees = f"ulysses_degree={groups.ulysses.size}, ring_degree={groups.ring.size}"
@@ -85,7 +92,7 @@ class USPAttention(LocalAttention):
                 return groups  # a process group may come later
             self._groups = groups
             if groups.size > 1:
-                self._together = torch.compiler.disable(self._in_parallel)
+                self._together = torch.compiler.disable(self._in_parallel)  # type: ignore[no-untyped-call]
         return self._groups
 
     def forward(
@@ -389,8 +396,8 @@ class _Call:
         }
 
     def _refuse_grid_methods(self) -> None:
-        site = self.layer._site
-        role = site.role or "self"
+        site, context = self.layer._site, current_context()
+        role = site.role or (context.role if context is not None else "self")
         spec = asked_for(site.backend or site.required_backend, role, site.scope)
         if spec is not None and spec.capabilities.needs_grid and role == "self":
             raise BackendUnavailableError(

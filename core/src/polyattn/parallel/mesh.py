@@ -17,7 +17,14 @@ from polyattn.errors import InputError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "SequenceGroups", "sequence_groups", "sequence_mesh", "shard_lengths"]
+__all__ = [
+    "DIMENSIONS",
+    "Group",
+    "SequenceGroups",
+    "sequence_groups",
+    "sequence_mesh",
+    "shard_lengths",
+]
 
 DIMENSIONS = ("ring", "ulysses")
 
