@@ -3,12 +3,14 @@
 What is wrong with the request shows before anything slow happens, as one message. stdout gets the
 settings, the table of what ran, and on its last line the path of the video (with ``--json`` one
 object, with ``--quiet`` the path alone); the progress bar is on stderr. Ctrl-C ends with 130,
-SIGTERM with 143, and neither leaves a file behind.
+SIGTERM with 143, and neither leaves a file behind. Under ``torchrun`` several processes make one
+video, and the first of them speaks and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from polyattn.cli.output import Page, json_option
+from polyattn.errors import PolyattnError
 
 if TYPE_CHECKING:
     from polyattn.cli.generation import Plan, Result
@@ -98,6 +101,18 @@ STAGE_WORDS = {
     is_flag=True,
     help="With --backend diffusers: let it download kernels from the Hub.",
 )
+@click.option(
+    "--ulysses-degree",
+    type=int,
+    metavar="N",
+    help="Under torchrun: processes that share the heads.  [default: all]",
+)
+@click.option(
+    "--ring-degree",
+    type=int,
+    metavar="N",
+    help="Under torchrun: processes that pass keys and values on.  [default: 1]",
+)
 @click.option("--report", metavar="FILE", help="Also write settings, times and what ran as JSON.")
 @click.option("--no-report", is_flag=True, help="Leave out the table of what ran.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no words: only the path.")
@@ -115,8 +130,9 @@ def generate(
     from polyattn.cli.generation import GenerationRequest, plan_generation, run_generation
 
     try:
-        with _terminable():
+        with _terminable(), _told_by_rank():
             plan = plan_generation(GenerationRequest(report=report, **options))
+            quiet = quiet or not plan.processes.writes
             if not (quiet or as_json):
                 _write_plan(Page(), plan)
             with _progress_bar(shown=not quiet) as progress:
@@ -124,6 +140,8 @@ def generate(
     except KeyboardInterrupt:
         click.echo("interrupted: no video was written", err=True)
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+    if result is None:  # another process writes it, and says so
+        return
     if as_json:
         from polyattn.cli.output import emit
 
@@ -150,6 +168,18 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _told_by_rank() -> Iterator[None]:
+    """Let an error say which of several processes it is from."""
+    try:
+        yield
+    except PolyattnError as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            error.message = f"rank {os.environ.get('RANK')}: {error.message}"
+            error.args = (f"rank {os.environ.get('RANK')}: {error}",)
+        raise
 
 
 @contextlib.contextmanager
@@ -196,6 +226,7 @@ def _write_plan(page: Page, plan: Plan) -> None:
             "sampling": f"{plan.num_inference_steps} steps, guidance {plan.guidance_scale:g}, "
             f"seed {plan.seed}",
             "runs on": f"{plan.device}, {plan.dtype}",
+            **({"processes": str(plan.processes)} if plan.processes.count > 1 else {}),
         }
     )
 

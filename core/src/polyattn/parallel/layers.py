@@ -25,7 +25,7 @@ from polyattn.parallel.mesh import SequenceGroups, sequence_groups
 from polyattn.parallel.ring import RingLayout, ring_attention
 from polyattn.selection import asked_for, local_environment
 
-__all__ = ["USPAttention", "UlyssesAttention"]
+__all__ = ["USPAttention", "UlyssesAttention", "refuse_grid_methods"]
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -363,7 +363,9 @@ class _Call:
         if layer.is_causal and (self.first or self.last):
             raise InputError("causal attention takes no replicated tokens: their place is unclear")
         if groups.ring.size > 1:
-            self._refuse_grid_methods()
+            context = current_context()
+            role = layer._site.role or (context.role if context is not None else "self")
+            refuse_grid_methods(layer._site, role)
             if self.extras:
                 raise InputError(f"around a ring no extra tensors travel; found {[*self.extras]}")
         layout = self.layout
@@ -395,16 +397,16 @@ class _Call:
             **environment_facts(local_environment(str(self.q.device))),
         }
 
-    def _refuse_grid_methods(self) -> None:
-        site, context = self.layer._site, current_context()
-        role = site.role or (context.role if context is not None else "self")
-        spec = asked_for(site.backend or site.required_backend, role, site.scope)
-        if spec is not None and spec.capabilities.needs_grid and role == "self":
-            raise BackendUnavailableError(
-                f"{spec.name} picks keys on the whole token grid, and around a ring a rank sees "
-                "a part of it at a time",
-                hint="all processes as Ulysses: polyattn.UlyssesAttention(), or --ring-degree 1",
-            )
+
+def refuse_grid_methods(site: CallSite, role: str) -> None:
+    """Raise for a method on a video's token grid, where a ring shows a rank a part at a time."""
+    spec = asked_for(site.backend or site.required_backend, role, site.scope)
+    if spec is not None and spec.capabilities.needs_grid and role == "self":
+        raise BackendUnavailableError(
+            f"{spec.name} picks keys on the whole token grid, and around a ring a process sees a "
+            "part of it at a time",
+            hint="all processes as Ulysses: polyattn.UlyssesAttention(), or --ring-degree 1",
+        )
 
 
 def _check_shard(q: Any, k: Any, v: Any, extras: Mapping[str, torch.Tensor] | None) -> None:

@@ -22,6 +22,7 @@ from polyattn.cli.generation.output import (
     check_destination,
     check_space,
 )
+from polyattn.cli.generation.processes import ALONE, Processes, processes_of
 from polyattn.contract import AttentionRequest
 from polyattn.errors import GenerateError, nearest
 
@@ -88,6 +89,8 @@ class GenerationRequest:
     cross_attention_backend: str | None = None
     allow_download: bool = False
     report: str | Path | None = None
+    ulysses_degree: int | None = None
+    ring_degree: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,13 @@ class Plan:
     attention_backend_config: Any
     cross_attention_backend: str | None
     report: Path | None
+    processes: Processes = ALONE
     notes: tuple[str, ...] = field(default=())
 
 
 def plan_generation(request: GenerationRequest) -> Plan:
     """Decide everything, or raise the :class:`~polyattn.errors.PolyattnError` of what is wrong."""
+    processes = processes_of(request.ulysses_degree, request.ring_degree)
     model = open_model(request.model_path)
     class_name = model.class_name()
     family = _family(class_name, model)
@@ -127,13 +132,13 @@ def plan_generation(request: GenerationRequest) -> Plan:
     parts = _Parts.read(model, class_name)
     _check_numbers(request, values, parts)
     _check_size(values, parts, family)
-    output = _check_output(request, values)
+    output = _check_output(request, values, processes)
     if values["prompt"] is None:
         raise GenerateError("there is no prompt", hint='--prompt "a red circle moving left"')
     _check_packages(output)
-    device = _device(request.device)
+    device = _device(request.device, processes)
     dtype = _dtype(request.dtype, device)
-    _check_attention(request, values, parts, device, dtype)
+    _check_attention(request, values, parts, device, dtype, processes)
     return Plan(
         model=model,
         pipeline_class=class_name,
@@ -147,6 +152,7 @@ def plan_generation(request: GenerationRequest) -> Plan:
         attention_backend_config=request.attention_backend_config,
         cross_attention_backend=request.cross_attention_backend,
         report=Path(request.report) if request.report is not None else None,
+        processes=processes,
         notes=tuple(notes),
         **values,
     )
@@ -311,7 +317,9 @@ def _check_multiple(
     )
 
 
-def _check_output(request: GenerationRequest, values: Mapping[str, Any]) -> Path:
+def _check_output(
+    request: GenerationRequest, values: Mapping[str, Any], processes: Processes
+) -> Path:
     output = Path(request.output).expanduser()
     suffix = output.suffix.lower()
     if suffix not in SUFFIXES:
@@ -324,6 +332,8 @@ def _check_output(request: GenerationRequest, values: Mapping[str, Any]) -> Path
             f"a GIF shows at most {MAXIMUM_GIF_FPS} frames a second, found --fps {values['fps']}",
             hint=f"--output {output.with_suffix('.mp4')}",
         )
+    if not processes.writes:
+        return output
     check_destination(output, overwrite=request.overwrite)
     check_space(output, values["num_frames"], values["height"], values["width"])
     if request.report is not None:
@@ -345,8 +355,9 @@ def _check_packages(output: Path) -> None:
         )
 
 
-def _device(asked: str) -> str:
-    """A device of this machine; ``auto`` takes CUDA (or ROCm), then MPS, then the CPU."""
+def _device(asked: str, processes: Processes) -> str:
+    """A device of this machine; ``auto`` takes CUDA (or ROCm), then MPS, then the CPU. Of several
+    processes each takes its own device of the kind."""
     import torch
 
     present = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -356,7 +367,14 @@ def _device(asked: str) -> str:
         available = module is not None and module.is_available()
         present[name] = module.device_count() if module is not None and available else 0
     if asked == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if present[name])
+        asked = next(name for name in ("cuda", "mps", "cpu") if present[name])
+    if processes.count > 1 and asked != "cpu":
+        if ":" in asked:
+            raise GenerateError(
+                f"of {processes.count} processes each takes its own device; found --device {asked}",
+                hint=f"--device {asked.partition(':')[0]}",
+            )
+        asked = f"{asked}:{processes.local_rank}"
     kind, separator, index = asked.partition(":")
     here = ", ".join(name for name, count in present.items() if count)
     if kind not in present:
@@ -384,14 +402,20 @@ def _dtype(asked: str, device: str) -> str:
 
 
 def _check_attention(
-    request: GenerationRequest, values: Mapping[str, Any], parts: _Parts, device: str, dtype: str
-) -> None:
+    request: GenerationRequest, values: Mapping[str, Any], parts: _Parts, device: str, dtype: str,
+    processes: Processes,
+) -> None:  # fmt: skip
     if request.backend == "diffusers":
+        if processes.count > 1:
+            raise GenerateError(
+                "several processes take polyattn's attention; diffusers' own is for one here",
+                hint="--backend polyattn",
+            )
         _check_passthrough(request)
     elif request.backend == "polyattn":
         if request.allow_download:
             raise GenerateError("--allow-download belongs to --backend diffusers")
-        _check_selection(request, values, parts, device, dtype)
+        _check_selection(request, values, parts, device, dtype, processes)
     else:
         raise GenerateError(f"--backend is polyattn or diffusers, found {request.backend!r}")
 
@@ -412,10 +436,12 @@ def _check_passthrough(request: GenerationRequest) -> None:
 
 
 def _check_selection(
-    request: GenerationRequest, values: Mapping[str, Any], parts: _Parts, device: str, dtype: str
-) -> None:
+    request: GenerationRequest, values: Mapping[str, Any], parts: _Parts, device: str, dtype: str,
+    processes: Processes,
+) -> None:  # fmt: skip
     """Select for every attention the run will make; an impossible one raises with all reasons."""
     from polyattn.integrations.sites import call_sites
+    from polyattn.parallel.layers import refuse_grid_methods
 
     sites = call_sites(
         request.attention_backend,
@@ -425,14 +451,19 @@ def _check_selection(
     grid = parts.grid(values)
     tokens = math.prod(grid)
     for config in parts.transformers:
-        heads = int(config.get("num_attention_heads", 40))
+        heads = -(-int(config.get("num_attention_heads", 40)) // processes.ulysses_degree)
         for role, keys in (("self", tokens), ("cross", values["max_sequence_length"])):
+            site = sites.get(role, sites[""])
+            around = processes.ring_degree > 1 and role == "self"
+            if around:
+                refuse_grid_methods(site, role)
             _select_and_load(
-                sites.get(role, sites[""]),
+                site,
                 AttentionRequest(
                     batch=1, query_length=tokens, key_length=keys, heads=heads, kv_heads=heads,
                     head_dim=int(config.get("attention_head_dim", 128)), dtype=dtype,
-                    device=device, role=role, grid=grid,
+                    device=device, role=role, grid=None if around else grid, needs_lse=around,
+                    first_head=0 if processes.ulysses_degree > 1 else None,
                 ),
             )  # fmt: skip
 

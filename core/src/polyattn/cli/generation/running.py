@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from polyattn.cli.generation.output import write_text, write_video
 from polyattn.cli.generation.planning import Plan
+from polyattn.cli.generation.processes import together
 from polyattn.errors import GenerateError, PolyattnError
 
 __all__ = ["Progress", "Result", "run_generation"]
@@ -61,6 +62,9 @@ class Result:
             "seed": plan.seed,
             "dtype": plan.dtype,
             "device": plan.device,
+            "processes": plan.processes.count,
+            "ulysses_degree": plan.processes.ulysses_degree,
+            "ring_degree": plan.processes.ring_degree,
             "backend": plan.backend,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
             "attention": self.attention,
@@ -91,22 +95,31 @@ class _Clock:
             self._progress(self.stage, done, total)
 
 
-def run_generation(plan: Plan, progress: Progress | None = None) -> Result:
-    """Make the video of a plan. Raises :class:`~polyattn.errors.GenerateError` or another
-    :class:`~polyattn.errors.PolyattnError`; nothing is left under the final name then."""
+def run_generation(plan: Plan, progress: Progress | None = None) -> Result | None:
+    """Make the video of a plan; None in a process of several that does not write it.
+
+    Raises :class:`~polyattn.errors.GenerateError` or another
+    :class:`~polyattn.errors.PolyattnError`; nothing is left under the final name then.
+    """
     import torch
 
     clock = _Clock(progress)
     # Loading draws random numbers, e.g. for weights that are overwritten; they are not the user's.
-    with torch.random.fork_rng(devices=[]), _memory_errors(plan):
+    with (
+        torch.random.fork_rng(devices=[]),
+        _memory_errors(plan),
+        together(plan.processes, plan.device) as mesh,
+    ):
         clock.begin("load")
         pipe = _load(plan)
         notes = [*plan.notes, *_prompt_notes(pipe, plan)]
-        with _attention(pipe, plan) as attention:
+        with _attention(pipe, plan, mesh) as attention:
             clock.begin("text")
             frames = _run(pipe, plan, clock)
             rows, density = attention.rows(), attention.density()
             notes += attention.notes
+    if not plan.processes.writes:
+        return None
     clock.begin("write")
     path = write_video(_as_bytes(frames), plan.output, plan.fps, overwrite=plan.overwrite)
     if path != plan.output:
@@ -207,7 +220,7 @@ class _PassedThrough:
 
 
 @contextlib.contextmanager
-def _attention(pipe: Any, plan: Plan) -> Iterator[_Attention]:
+def _attention(pipe: Any, plan: Plan, mesh: Any) -> Iterator[_Attention]:
     """Attach what computes attention, for the time of the block."""
     if plan.backend == "diffusers":
         from polyattn.cli.generation.passthrough import set_backend
@@ -222,13 +235,14 @@ def _attention(pipe: Any, plan: Plan) -> Iterator[_Attention]:
         plan.attention_backend,
         config=plan.attention_backend_config,
         cross_backend=plan.cross_attention_backend,
+        mesh=mesh,
     )
     with handle:
         yield _Bridged(handle)
 
 
 def _run(pipe: Any, plan: Plan, clock: _Clock) -> Any:
-    """The frames ``[T, H, W, 3]``, float in 0 to 1."""
+    """The frames ``[T, H, W, 3]``, float in 0 to 1; latents in a process that writes no video."""
     import torch
 
     total = plan.num_inference_steps
@@ -263,7 +277,7 @@ def _run(pipe: Any, plan: Plan, clock: _Clock) -> Any:
                 guidance_scale=plan.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(plan.seed),
                 max_sequence_length=plan.max_sequence_length,
-                output_type="np",
+                output_type="np" if plan.processes.writes else "latent",
                 callback_on_step_end=step_done,
             )
     finally:
