@@ -221,7 +221,8 @@ class AttentionRequest:
     """What a layer needs, without tensors. Hashable: selection is cached on it.
 
     A field that is None is unknown and is not held against a backend, so a request can be partly
-    filled when planning (``polyattn explain --head-dim 128 --causal``).
+    filled when planning (``polyattn explain --head-dim 128 --causal``). ``extra_forms`` holds shape
+    and dtype of each of ``extras``, or nothing where no tensors are known.
     """
 
     batch: int | None = None
@@ -241,6 +242,7 @@ class AttentionRequest:
     needs_lse: bool = False
     needs_grad: bool = False
     extras: tuple[str, ...] = ()
+    extra_forms: tuple[tuple[tuple[int, ...], str], ...] = ()
 
     @property
     def custom_scale(self) -> bool:
