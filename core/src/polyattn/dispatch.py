@@ -46,7 +46,7 @@ from polyattn.selection import (
     select,
 )
 
-__all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions"]
+__all__ = ["CallSite", "attend", "attention", "bind", "call_site", "clear_decisions"]
 
 logger = logging.getLogger("polyattn")
 
@@ -560,6 +560,14 @@ def _decide(
         role=site.role or (context.role if context is not None else "self"),
         context=context,
     )
+    return bind(site, request)
+
+
+def bind(site: CallSite, request: AttentionRequest) -> _Decision:
+    """Select for a request and build the implementation, which tells what its files lack.
+
+    What is known of the run is in the current forward context.
+    """
     environment = local_environment(request.device)
     known = registry().backends
 

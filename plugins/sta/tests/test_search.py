@@ -510,6 +510,47 @@ def test_the_loop_on_the_demo_model(tmp_path: Path) -> None:
     assert videos[1] == videos[2] != videos[0]
 
 
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (None, "does not exist"),
+        ({"0_0_0": [1, 1, 1]}, "is for a model of 1 layers|is for 1 heads"),
+        ({"0_0_0": [9, 1, 1]}, r"the window \[9, 1, 1\] of '0_0_0' exceeds the grid"),
+        ({"0_0_0": [1, 1, 1], "0_0_2": [1, 1, 1]}, "the first that is missing is '0_0_1'"),
+        ("layers", "is for a model of 1 layers, and this one has"),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_told_before_the_model_is_loaded(
+    tmp_path: Path, entries: Any, words: str
+) -> None:
+    pytest.importorskip("polyattn_demo")
+    pytest.importorskip("diffusers")
+    from polyattn.cli.generation import GenerationRequest, plan_generation
+
+    path = tmp_path / "mask.json"
+    if entries == "layers":
+        entries = {
+            f"0_0_{head}": [1, 1, 1] for head in range(_demo_config()["num_attention_heads"])
+        }
+    if entries is not None:
+        path.write_text(json.dumps(entries))
+    request = GenerationRequest(
+        prompt="a red circle", width=64, height=64, num_frames=5, output=tmp_path / "v.gif",
+        attention_backend="sta",
+        attention_backend_config=f"mask_strategy_file_path={path},tile_size=[1,2,2]",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=words):
+        plan_generation(request)
+
+
+def _demo_config() -> dict[str, Any]:
+    import polyattn_demo
+
+    config = Path(polyattn_demo.model_path()) / "transformer" / "config.json"
+    found: dict[str, Any] = json.loads(config.read_text())
+    return found
+
+
 def _rows(data: Any) -> list[dict[str, Any]]:
     """The rows of a written report, wherever in the file they are."""
     if isinstance(data, dict):

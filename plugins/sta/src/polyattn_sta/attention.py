@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from polyattn.context import ForwardContext
+from polyattn.context import ForwardContext, current_context
 from polyattn.contract import AttentionCall, AttentionRequest, Implementation
 from polyattn.environment import Environment
 from polyattn.errors import ConfigError, InputError
@@ -131,6 +131,9 @@ class ByStrategy(_SlidingTiles):
         strategy.check_tiles(tiles, self.config.tile_size)
         if heads is not None:
             strategy.check_heads(heads, self.config.first_head)
+        context = current_context()
+        if context is not None and context.num_layers is not None:
+            strategy.check_layers(0, context.num_layers)
 
     def strategy(self, tiles: Extent) -> tuple[Strategy, str]:
         """The strategy as it is now, and where it comes from; of a search on these tiles."""

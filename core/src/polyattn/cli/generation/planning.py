@@ -414,7 +414,12 @@ def _check_passthrough(request: GenerationRequest) -> None:
 def _check_selection(
     request: GenerationRequest, values: Mapping[str, Any], parts: _Parts, device: str, dtype: str
 ) -> None:
-    """Select for every attention the run will make; an impossible one raises with all reasons."""
+    """Select for every attention the run will make, and build it; what is impossible raises.
+
+    Built, so that what a backend's own files lack is told before the model is loaded.
+    """
+    from polyattn.context import forward_context
+    from polyattn.dispatch import bind
     from polyattn.integrations.sites import call_sites
 
     sites = call_sites(
@@ -426,24 +431,12 @@ def _check_selection(
     tokens = math.prod(grid)
     for config in parts.transformers:
         heads = int(config.get("num_attention_heads", 40))
+        known = {"num_steps": values["num_inference_steps"], "num_layers": config.get("num_layers")}
         for role, keys in (("self", tokens), ("cross", values["max_sequence_length"])):
-            _select_and_load(
-                sites.get(role, sites[""]),
-                AttentionRequest(
-                    batch=1, query_length=tokens, key_length=keys, heads=heads, kv_heads=heads,
-                    head_dim=int(config.get("attention_head_dim", 128)), dtype=dtype,
-                    device=device, role=role, grid=grid,
-                ),
+            wanted = AttentionRequest(
+                batch=1, query_length=tokens, key_length=keys, heads=heads, kv_heads=heads,
+                head_dim=int(config.get("attention_head_dim", 128)), dtype=dtype,
+                device=device, role=role, grid=grid,
             )  # fmt: skip
-
-
-def _select_and_load(site: Any, request: AttentionRequest) -> None:
-    from polyattn.discovery import registry
-    from polyattn.selection import load_factory, select
-
-    def choose() -> Any:
-        return select(site.backend, request=request, config=site.config, scope=site.scope)
-
-    chosen = choose()
-    if load_factory(registry().backends[chosen.chosen]) is None:
-        choose()  # says that it does not load
+            with forward_context(role=role, grid=grid, **known):
+                bind(sites.get(role, sites[""]), wanted)
