@@ -287,6 +287,7 @@ class Implementation(Protocol):
 
 
 Probe = Callable[[Environment], "list[Reason]"]
+ConfigProbe = Callable[[Any], "list[Reason]"]
 RequestProbe = Callable[["AttentionRequest", Any, Environment], "list[Reason]"]
 
 
@@ -299,7 +300,9 @@ class BackendSpec(BaseModel):
     ``probe_platform`` and ``probe_availability`` take an :class:`Environment` and return reasons
     (empty = fine); by default they follow from ``capabilities`` and from the version ranges in the
     plugin's own metadata. ``probe_request(request, config, environment)`` adds reasons that hang on
-    the parameters, beyond what the capabilities declare. ``falls_back_to`` names the backend that
+    the parameters, beyond what the capabilities declare. ``probe_config(config)`` says why no run
+    can start with the parameters as they are, such as a file that is not there; ``polyattn config
+    NAME --check`` warns of it, and a run raises it itself. ``falls_back_to`` names the backend that
     serves instead when this one's runtime is not installed and nothing else is against it. Among
     exact backends, the highest ``priority`` is chosen first. ``footnotes`` maps platforms to
     remarks for the support matrix.
@@ -322,6 +325,7 @@ class BackendSpec(BaseModel):
     probe_platform: Probe | None = None
     probe_availability: Probe | None = None
     probe_request: RequestProbe | None = None
+    probe_config: ConfigProbe | None = None
     footnotes: Mapping[str, str] = Field(default_factory=dict)
 
     @field_validator("aliases", mode="before")

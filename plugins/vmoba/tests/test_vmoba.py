@@ -649,6 +649,31 @@ def test_bad_configurations(given: dict[str, Any], message: str) -> None:
         validate(registry().backends["vmoba_attn"].spec, given)
 
 
+@pytest.mark.parametrize(
+    ("given", "unread"),
+    [
+        ({"moba_select_mode": "threshold", "temporal_topk": 3, "st_topk": 2},
+         "moba_select_mode=threshold does not read temporal_topk, st_topk"),
+        ({"moba_select_mode": "topk", "temporal_topk": 3, "moba_threshold": 0.5},
+         "moba_select_mode=topk does not read moba_threshold"),
+        ({"moba_select_mode": "topk", "temporal_topk": 3}, None),
+        ({"moba_threshold": 0.5}, None),
+    ],
+)  # fmt: skip
+def test_parameters_of_the_other_mode_are_warned_of_once(
+    given: dict[str, Any], unread: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    implementation._warn_of_unread.cache_clear()
+    config = {
+        "temporal_chunk_size": 1, "spatial_layer": 0, "st_layer": 0, "first_full_step": 0, **given,
+    }  # fmt: skip
+    for grid in ((4, 2, 2), (5, 2, 2)):
+        case = Case(grid, "temporal", 1, "threshold", "query_head")
+        run(case, *tensors(case), config=config)
+    told = [each.getMessage() for each in caplog.records if "does not read" in each.getMessage()]
+    assert told == ([f"vmoba_attn: {unread}"] if unread else [])
+
+
 def test_documented_names_types_and_defaults() -> None:
     spec = registry().backends["vmoba_attn"].spec
     documented: dict[str, Any] = {
