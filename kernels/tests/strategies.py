@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from polyattn_kernels.plan import BlockSparsePlan
 __all__ = [
     "assert_matches",
     "guarded",
+    "longer_walk",
     "oracle",
     "plans",
     "random_plan",
@@ -131,27 +133,62 @@ def random_plan(
     )
 
 
+def longer_walk(plan: BlockSparsePlan, seed: int) -> BlockSparsePlan:
+    """The plan, which has query lengths and no query permutation, for fewer queries out of order.
+
+    Positions within a length hold a token; of the others some do, and some are -1.
+    """
+    rng = random.Random(seed)
+    assert plan.query_lengths is not None
+    assert plan.query_block is not None
+    positions, block = plan.query_length, plan.query_block
+    sizes = plan.query_lengths.tolist()
+    most = max(sum(of_head) for item in sizes for of_head in item)
+    queries = min(positions, max(1, most + rng.randint(0, 20)))
+
+    def order(lengths: list[int]) -> list[int]:
+        inside = [p for p in range(positions) if p % block < lengths[p // block]]
+        outside = [p for p in range(positions) if p % block >= lengths[p // block]]
+        held = inside + rng.sample(outside, queries - len(inside))
+        walk = [-1] * positions
+        for place, token in zip(held, rng.sample(range(queries), queries), strict=True):
+            walk[place] = token
+        return walk
+
+    walks = [[order(of_head) for of_head in item] for item in sizes]
+    permutation = torch.tensor(walks, dtype=torch.int32, device=plan.device)
+    return replace(plan, query_length=queries, query_permutation=permutation)
+
+
 def plans(
     *,
     kinds: tuple[tuple[Kind, Kind], ...] | None = None,
     blocks: tuple[int, ...] = (16, 32, 48),
     longest: int = 100,
     permutations: bool = True,
+    longer_walks: bool = True,
     most_batch: int = 2,
     most_heads: int = 4,
 ) -> st.SearchStrategy[BlockSparsePlan]:
-    """A hypothesis strategy over :func:`random_plan`; ``kinds`` are pairs (queries, keys)."""
+    """A hypothesis strategy over :func:`random_plan`; ``kinds`` are pairs (queries, keys).
+
+    With permutations, those of ragged queries may be of a longer walk, :func:`longer_walk`.
+    """
     every: tuple[Kind, ...] = ("uniform", "ragged", "variable")
     kinds = kinds or tuple((a, b) for a in every for b in every)
     number = st.integers(1, 7)
     flags = st.booleans() if permutations else st.just(False)
 
-    def build(kind: tuple[Kind, Kind], seed: int, **rest: Any) -> BlockSparsePlan:
-        return random_plan(seed, queries=kind[0], keys=kind[1], **rest)
+    def build(kind: tuple[Kind, Kind], seed: int, longer: bool, **rest: Any) -> BlockSparsePlan:
+        longer = longer and kind[0] == "ragged"
+        rest["permute_queries"] = rest["permute_queries"] and not longer
+        plan = random_plan(seed, queries=kind[0], keys=kind[1], **rest)
+        return longer_walk(plan, seed) if longer else plan
 
     return st.builds(
         build,
         kind=st.sampled_from(kinds),
+        longer=flags if longer_walks else st.just(False),
         seed=st.integers(0, 1 << 30),
         query_length=st.integers(1, longest),
         key_length=st.integers(1, longest),
@@ -175,6 +212,9 @@ def _of(tensor: torch.Tensor, item: int, head: int) -> torch.Tensor:
 def tokens_of_blocks(plan: BlockSparsePlan, side: str, item: int, head: int) -> list[list[int]]:
     """The tokens of q or k in each block, in the order of the walk."""
     length = getattr(plan, f"{side}_length")
+    permutation = getattr(plan, f"{side}_permutation")
+    if side == "query" and permutation is not None:
+        length = permutation.shape[-1]  # the walk may be longer than q
     offsets, lengths = getattr(plan, f"{side}_offsets"), getattr(plan, f"{side}_lengths")
     if offsets is not None:
         edges = _of(offsets, item, head).tolist()
@@ -185,7 +225,6 @@ def tokens_of_blocks(plan: BlockSparsePlan, side: str, item: int, head: int) -> 
         if lengths is not None:
             sizes = _of(lengths, item, head).tolist()
             walks = [walk[:size] for walk, size in zip(walks, sizes, strict=True)]
-    permutation = getattr(plan, f"{side}_permutation")
     if permutation is None:
         return [list(walk) for walk in walks]
     order = _of(permutation, item, head).tolist()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from strategies import oracle, plans, random_plan, random_tensors, token_mask
 
 import polyattn_kernels
@@ -442,6 +443,10 @@ def test_compiles_without_a_graph_break(kind: Any) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"),
+    reason="older releases of torch.compile drop an error's text (seen with torch 2.11)",
+)
 def test_errors_are_told_from_inside_a_compiled_function() -> None:
     plan = BlockSparsePlan.full(query_length=100, key_length=100)
     attend = torch.compile(

@@ -5,6 +5,8 @@ Gluon has no interpreter: without a GPU of compute capability 9.0 its kernels ar
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +14,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import assert_matches, guarded, oracle, plans, random_plan, random_tensors
+from strategies import (
+    assert_matches,
+    guarded,
+    longer_walk,
+    oracle,
+    plans,
+    random_plan,
+    random_tensors,
+)
 
 from polyattn_kernels.attention import block_sparse_attention
+from polyattn_kernels.permutation import gather_tokens
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import hopper as provider
 from polyattn_kernels.providers._lists import work_items
@@ -177,6 +188,90 @@ def test_more_work_than_programs() -> None:
             assert lse is not None
             assert (out.float() - expected).norm() < 5e-3 * expected.norm()
             assert torch.allclose(lse, expected_lse, atol=1e-2)
+
+
+@needs_hopper
+@pytest.mark.parametrize("keys", ["uniform", "ragged"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        *itertools.product((64, 128), (torch.float16, torch.bfloat16)),
+        (16, torch.bfloat16),
+        (80, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 128), (384, 64)])
+@pytest.mark.parametrize("longer", [False, True])
+def test_permuted_queries_of_uniform_blocks(
+    longer: bool, blocks: tuple[int, int], head_dim: int, dtype: torch.dtype, keys: Any
+) -> None:
+    """Read by their tokens and written to them: exact walks, and walks with gaps (video tiles)."""
+    for seed, strided in ((0, False), (1, True)):
+        plan = random_plan(
+            seed, queries="ragged" if longer else "uniform", keys=keys, query_block=blocks[0],
+            key_block=blocks[1], query_length=900 + 17 * seed, key_length=650, batch=2, heads=4,
+            permute_queries=not longer, device=DEVICE,
+        )  # fmt: skip
+        if longer:
+            plan = longer_walk(plan, seed).validate()
+        assert provider._is_tiled(plan)
+        compare(
+            plan, seed, batch=2, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype,
+            strided=strided,
+        )  # fmt: skip
+
+
+@needs_hopper
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 128)])
+def test_permuted_queries_of_more_work_than_programs(blocks: tuple[int, int]) -> None:
+    """Programs come round with a new tile of queries; both ways of reading them give what the same
+    queries give that were put in order before.
+    """
+    plan = random_plan(
+        6, query_length=40_000, key_length=1500, query_block=blocks[0], key_block=blocks[1],
+        queries="ragged", keys="ragged", heads=3, density=0.3, device=DEVICE,
+    )  # fmt: skip
+    plan = longer_walk(plan, 6)
+    order = plan.query_permutation
+    assert order is not None
+    q, k, v = random_tensors(plan, heads=3, dtype=torch.bfloat16, head_dim=128, device=DEVICE)
+    q = q.nan_to_num()  # queries in no block are in no result either; here they are compared
+    walked = replace(plan, query_length=plan.query_positions, query_permutation=None)
+    config = provider.uniform_config(*blocks, 128)
+    expected, expected_lse = provider.attend_uniform(
+        gather_tokens(q, order), k, v, walked, 0.1, True, config
+    )
+    assert expected_lse is not None
+    for fetch in (True, False):
+        out, lse = provider.attend_uniform(q, k, v, plan, 0.1, True, replace(config, fetch=fetch))
+        assert lse is not None
+        torch.testing.assert_close(gather_tokens(out, order), expected)
+        at = order.clamp_min(0).long().expand(1, 3, -1)
+        there = lse.gather(-1, at).masked_fill(order < 0, -math.inf)
+        torch.testing.assert_close(there, expected_lse)
+
+
+@needs_hopper
+@pytest.mark.parametrize("block", [64, 128])
+def test_wrong_walks_touch_nothing_outside(block: int) -> None:
+    plan = random_plan(
+        8, query_length=520, key_length=512, query_block=block, key_block=block,
+        permute_queries=True, density=1.0, empty_rows=False, device=DEVICE,
+    )  # fmt: skip
+    assert plan.query_permutation is not None
+    order = plan.query_permutation.clone()
+    order[..., ::7] = torch.tensor(
+        [-1, -(2**31), 2**31 - 1, 520, 521], dtype=torch.int32, device=DEVICE
+    ).repeat(15)[: order[..., ::7].shape[-1]]
+    q, k, v = (
+        guarded(each, float("nan"))
+        for each in random_tensors(
+            plan, poison=False, head_dim=64, dtype=torch.bfloat16, device=DEVICE
+        )
+    )
+    out, _ = provider.run(q, k, v, replace(plan, query_permutation=order), 0.125, True)
+    named = order[0, 0][(order[0, 0] >= 0) & (order[0, 0] < 520)].long()
+    assert torch.isfinite(out[:, named]).all()
 
 
 WRONG_INDICES = [-1, -(2**31), 2**31 - 1, 6, 7, 100, 5]

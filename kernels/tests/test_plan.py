@@ -77,7 +77,7 @@ def replace_lists(plan: BlockSparsePlan, first: list[list[list[int]]]) -> BlockS
     )
 
 
-@given(plan=plans())
+@given(plan=plans(longer_walks=False))
 @settings(deadline=None, max_examples=100)
 def test_variable_form_is_the_same_attention(plan: BlockSparsePlan) -> None:
     variable = plan.to_variable().validate()
@@ -510,6 +510,14 @@ def test_the_unchanged_plan_is_valid() -> None:
             "uniform",
         ),
         ({"query_permutation": int32(*range(41))}, r"query_permutation must be .* 40\]"),
+        (
+            {"query_permutation": int32(*range(39)), "query_lengths": int32(1, 2, 3)},
+            r"query_permutation must be .* 40\]",
+        ),
+        (
+            {"query_permutation": int32(7)[0, 0, 0], "query_lengths": int32(1, 2, 3)},
+            r"query_permutation must be .* 40\], found int32 \[\]",
+        ),
         ({"key_counts": int32(1, 2, 0).expand(2, 3, 3)}, "key_counts must be contiguous"),
         (
             {
@@ -573,6 +581,37 @@ def test_values_that_no_kernel_may_meet_are_named(changes: dict[str, Any], said:
     plan = BlockSparsePlan(**fields(**changes))
     with pytest.raises(PlanError, match=said):
         plan.validate()
+
+
+def longer(*order: int) -> BlockSparsePlan:
+    """40 positions, 37 of them within lengths of 16, 13 and 8, for 38 queries."""
+    return BlockSparsePlan(
+        **fields(query_length=38, query_lengths=int32(16, 13, 8), query_permutation=int32(*order))
+    )
+
+
+def test_a_walk_may_have_positions_without_a_token() -> None:
+    plan = longer(*range(29), -1, 29, -1, *range(30, 38)).validate()
+    assert (plan.query_positions, plan.num_query_blocks) == (40, 3)
+    assert plan.blocks_of_tokens("query").tolist() == [[[0] * 16 + [1] * 13 + [-1] + [2] * 8]]
+    assert plan.with_dense_blocks(query_spans=[(29, 30)]).key_counts.tolist() == [[[1, 2, 0]]]
+    with pytest.raises(PlanError, match="no variable blocks"):
+        plan.to_variable()
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ([-1, *range(29), -1, 29, *range(30, 38)], "or -1 past .*: found -1 at .* position 0"),
+        ([*range(29), -1, -2, 29, *range(30, 38)], "found -2 at .* position 30"),
+        ([*range(29), -1, 38, -1, *range(29, 37)], "from 0 to 37, .*: found 38 at .* position 30"),
+        ([*range(29), -1, 29, -1, 29, *range(31, 38)], "repeats a token: found 29"),
+        ([*range(29), -1, -1, -1, *range(29, 37)], "name each of 38 tokens: found 37 at"),
+    ],
+)
+def test_walks_with_the_wrong_tokens_are_named(order: list[int], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        longer(*order).validate()
 
 
 def test_the_first_offender_is_named_by_batch_and_head() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from polyattn_kernels import pooling
 from polyattn_kernels._triton_support import triton_reasons
 from polyattn_kernels.errors import AttentionInputError
-from polyattn_kernels.pooling import head_chunks, pool_blocks
+from polyattn_kernels.permutation import gather_tokens
+from polyattn_kernels.pooling import gather_and_pool, head_chunks, pool_blocks
 from polyattn_kernels.tiling import tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +82,49 @@ def test_rows_past_the_length_are_never_read(dtype: torch.dtype, provider: str) 
     close(means, loop_means(x, ranges, None), dtype)
     assert torch.equal(counts, lengths)
     assert not means[:, 0, 1].any()  # an empty block is zero
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("width", [10, 64])
+def test_gathered_and_pooled_in_one_pass(
+    width: int, shared: bool, dtype: torch.dtype, provider: str
+) -> None:
+    """To the bit what the two tools give; hidden rows are moved and in no mean."""
+    torch.manual_seed(2)
+    built = tiling((5, 6, 7), (4, 4, 4), text_before=3, text_after=70, device=DEVICE)
+    x = torch.randn(2, 3, built.length, width, device=DEVICE).to(dtype).transpose(1, 2)
+    index, lengths = built.slot_tokens, built.lengths
+    if not shared:  # each batch item hides its own tokens, and they hold NaN
+        visible = torch.rand(2, built.length, device=DEVICE) < 0.8
+        index, lengths = built.visible_first(visible)
+        x = x.masked_fill(~visible[..., None, None], NAN)
+    for asked in (None, torch.float32):
+        moved, means = gather_and_pool(
+            x, index, block=built.block, lengths=lengths, dtype=asked, provider=provider
+        )
+        expected = gather_tokens(x, index, provider=provider)
+        assert torch.equal(moved.nan_to_num(7), expected.nan_to_num(7))
+        pooled, _ = pool_blocks(
+            expected, block=built.block, lengths=lengths, dtype=asked, provider=provider
+        )
+        assert means.dtype is pooled.dtype
+        assert torch.equal(means, pooled)
+        assert torch.isfinite(means).all()
+        alone, _ = pool_blocks(
+            x, block=built.block, lengths=lengths, permutation=index, dtype=asked, provider=provider
+        )
+        assert torch.equal(alone, means)  # without the gathered tensor
+
+
+def test_gathered_and_pooled_without_lengths_or_rows(provider: str) -> None:
+    x = torch.ones(1, 20, 2, 4, device=DEVICE)
+    index = torch.tensor([[[3, -1, 19]]], dtype=torch.int32, device=DEVICE)
+    moved, means = gather_and_pool(x, index, block=2, provider=provider)
+    assert moved[0, :, 0, 0].tolist() == [1, 0, 1]
+    assert means[0, :, 0, 0].tolist() == [0.5, 1]  # a row of zeros counts unless lengths say not
+    moved, means = gather_and_pool(x, index[..., :0], block=2, provider=provider)
+    assert moved.shape == means.shape == (1, 0, 2, 4)
 
 
 def test_lengths_beyond_the_last_short_block_count_its_rows(provider: str) -> None:

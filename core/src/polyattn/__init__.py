@@ -1,7 +1,7 @@
 """polyattn: every attention kernel a diffusion model can use, behind one contract.
 
 ``import polyattn`` is cheap: it imports neither torch nor any plugin. Names are loaded on first
-use; those that compute (``attention``, ``LocalAttention``, ``apply``) need torch.
+use; those that compute (``attention``, the layers, ``apply``) need torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polyattn.errors import PolyattnError
     from polyattn.integrations.diffusers import apply
     from polyattn.layers import LocalAttention
+    from polyattn.parallel import UlyssesAttention, USPAttention
     from polyattn.reporting import report
     from polyattn.selection import backends, select
     from polyattn.settings import configure, force_backend
@@ -27,6 +28,8 @@ _HOMES = {
     "LocalAttention": "polyattn.layers",
     "PolyattnError": "polyattn.errors",
     "TextSpan": "polyattn.contract",
+    "USPAttention": "polyattn.parallel",
+    "UlyssesAttention": "polyattn.parallel",
     "apply": "polyattn.integrations.diffusers",
     "attention": "polyattn.dispatch",
     "backends": "polyattn.selection",
@@ -43,6 +46,8 @@ __all__ = [
     "LocalAttention",
     "PolyattnError",
     "TextSpan",
+    "USPAttention",
+    "UlyssesAttention",
     "apply",
     "attention",
     "backends",

@@ -41,7 +41,8 @@ class ForwardContext:
     ``step`` counts denoising steps from 0 and ``timestep`` is the scheduler's value; ``layer``
     counts transformer layers from 0; ``branch`` names the guidance branch (``"cond"``,
     ``"uncond"``); ``grid`` is the video's token grid (T, H, W); ``text`` places text tokens in a
-    joint sequence.
+    joint sequence. ``first_head`` is set where a call has only some of the layer's heads, as under
+    Ulysses parallelism: the number of the first of them.
     """
 
     step: int | None = None
@@ -53,6 +54,7 @@ class ForwardContext:
     branch: str | None = None
     grid: tuple[int, int, int] | None = None
     text: TextSpan | None = None
+    first_head: int | None = None
     run_state: RunState = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -78,6 +80,7 @@ def forward_context(
     branch: str | None = None,
     grid: tuple[int, int, int] | None = None,
     text: TextSpan | None = None,
+    first_head: int | None = None,
 ) -> Iterator[ForwardContext]:
     """Say where in a run the calls inside the ``with`` block happen.
 
@@ -97,6 +100,7 @@ def forward_context(
             ("branch", branch),
             ("grid", check_grid(grid)),
             ("text", text),
+            ("first_head", first_head),
         )
         if value is not None
     }
@@ -144,6 +148,10 @@ def _check(context: ForwardContext) -> None:
                 raise InputError(f"{label} is an integer of at least {least}, found {value!r}")
         if index is not None and total is not None and index >= total:
             raise InputError(f"{name} counts from 0: {name}={index} needs {total_name} > {total}")
+    if context.first_head is not None and (
+        not isinstance(context.first_head, int) or context.first_head < 0
+    ):
+        raise InputError(f"first_head is an integer of at least 0, found {context.first_head!r}")
     for name in ("role", "branch"):
         value = getattr(context, name)
         if value is not None and (not isinstance(value, str) or not value):

@@ -221,8 +221,9 @@ class AttentionRequest:
     """What a layer needs, without tensors. Hashable: selection is cached on it.
 
     A field that is None is unknown and is not held against a backend, so a request can be partly
-    filled when planning (``polyattn explain --head-dim 128 --causal``). ``extra_forms`` holds shape
-    and dtype of each of ``extras``, or nothing where no tensors are known.
+    filled when planning (``polyattn explain --head-dim 128 --causal``). ``first_head`` is the
+    number of the first head where the request has only some of a layer's heads. ``extra_forms``
+    holds shape and dtype of each of ``extras``, or nothing where no tensors are known.
     """
 
     batch: int | None = None
@@ -239,6 +240,7 @@ class AttentionRequest:
     scale: float | None = None
     grid: tuple[int, int, int] | None = None
     text: TextSpan | None = None
+    first_head: int | None = None
     needs_lse: bool = False
     needs_grad: bool = False
     extras: tuple[str, ...] = ()

@@ -46,7 +46,15 @@ from polyattn.selection import (
     select,
 )
 
-__all__ = ["CallSite", "attend", "attention", "bind", "call_site", "clear_decisions"]
+__all__ = [
+    "CallSite",
+    "attend",
+    "attention",
+    "bind",
+    "call_site",
+    "clear_decisions",
+    "decide",
+]
 
 logger = logging.getLogger("polyattn")
 
@@ -416,7 +424,9 @@ def attend(
                 )
             ),
             settings._settings, _forced(),
-            None if context is None else (context.role, context.grid, context.text),
+            None
+            if context is None
+            else (context.role, context.grid, context.text, context.first_head),
             None if mask is None else (mask.shape, mask.dtype, mask.device),
             given,
         )  # fmt: skip
@@ -471,6 +481,26 @@ def attend(
     decision.check_result(result, q, return_lse)
     decision.row(None).count(None, call.facts)
     return result
+
+
+def decide(
+    site: CallSite,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    extras: Mapping[str, torch.Tensor] | None = None,
+) -> Selection:
+    """What :func:`attend` would run for such tensors, after everything that can refuse has been
+    asked. Values are not looked at: the tensors may be views of one number."""
+    return _decide(
+        site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, False,
+        current_context(),
+    ).selection  # fmt: skip
 
 
 def _attend_in_context(

@@ -18,6 +18,7 @@ __all__ = [
     "GenerateError",
     "InputError",
     "KernelError",
+    "ParallelError",
     "PolyattnError",
     "SelectionConflictError",
     "UnknownBackendError",
@@ -61,6 +62,10 @@ class BackendUnavailableError(PolyattnError, RuntimeError):
 
 class KernelError(PolyattnError, RuntimeError):
     """A backend raised while it was built or ran; ``__cause__`` is its own error."""
+
+
+class ParallelError(PolyattnError, RuntimeError):
+    """The processes of a parallel job do not fit together, or one of them failed."""
 
 
 class SelectionConflictError(PolyattnError, RuntimeError):

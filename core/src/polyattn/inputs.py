@@ -88,6 +88,7 @@ def request_of(
         scale=None if scale is None else float(scale),
         grid=grid,
         text=text,
+        first_head=context.first_head if context is not None else None,
         needs_lse=return_lse,
         needs_grad=needs_grad,
         extras=tuple(sorted(extras)) if extras else (),

@@ -206,6 +206,7 @@ def merge_states(
 def _average_blocks_kernel(
     x,
     means,
+    moved,
     offsets,
     lengths,
     permutation,
@@ -216,6 +217,9 @@ def _average_blocks_kernel(
     means_stride_b,
     means_stride_m,
     means_stride_h,
+    moved_stride_b,
+    moved_stride_s,
+    moved_stride_h,
     offsets_stride_b,
     offsets_stride_h,
     lengths_stride_b,
@@ -231,10 +235,15 @@ def _average_blocks_kernel(
     HAS_OFFSETS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_PERMUTATION: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """One program per block: the float32 mean of its tokens, summed in ascending order."""
+    """One program per block: the float32 mean of its tokens, summed in ascending order.
+
+    With ``KEEP``, which is for uniform blocks, all rows of the walk go to ``moved``, zeros where
+    no token is.
+    """
     pid = tl.program_id(0)
     batch_head = pid // blocks
     which = pid % blocks
@@ -251,12 +260,15 @@ def _average_blocks_kernel(
             valid = tl.load(lengths + batch * lengths_stride_b + head * lengths_stride_h + which)
             end = start + tl.minimum(valid, block)
     end = tl.minimum(end, walk)
+    last = end
+    if KEEP:  # rows that are in no mean are moved all the same
+        last = tl.minimum(start + block, walk)
     column = tl.arange(0, BLOCK_WIDTH)
     rows = x + batch * x_stride_b + head * x_stride_h
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], dtype=tl.float32)
-    for base in range(start, end, BLOCK_ROWS):
+    for base in range(start, last, BLOCK_ROWS):
         position = base + tl.arange(0, BLOCK_ROWS)
-        inside = position < end
+        inside = position < last
         token = position
         if HAS_PERMUTATION:
             token = tl.load(
@@ -270,6 +282,18 @@ def _average_blocks_kernel(
             mask=inside[:, None] & (column[None, :] < width),
             other=0.0,
         )
+        if KEEP:
+            tl.store(
+                moved
+                + batch * moved_stride_b
+                + head * moved_stride_h
+                + position.to(tl.int64)[:, None] * moved_stride_s
+                + column[None, :],
+                value,
+                mask=(position < last)[:, None] & (column[None, :] < width),
+            )
+            # Chosen and not multiplied: what is in no mean may be NaN.
+            value = tl.where((position < end)[:, None], value, 0.0)
         total += value.to(tl.float32)
     count = tl.maximum(end - start, 1).to(tl.float32)
     mean = tl.sum(total, axis=0) / count
@@ -292,8 +316,12 @@ def average_blocks(
     lengths: torch.Tensor | None,
     offsets: torch.Tensor | None,
     permutation: torch.Tensor | None,
+    moved: torch.Tensor | None = None,
 ) -> None:
-    """Write the mean of every block of x ``[B, S, H, D]`` into means ``[B, M, H, D]``."""
+    """Write the mean of every block of x ``[B, S, H, D]`` into means ``[B, M, H, D]``.
+
+    And the walk itself into ``moved`` ``[B, P, H, D]``, if there is one: for uniform blocks.
+    """
     batch, tokens, heads, width = x.shape
     blocks = means.shape[1]
     if not means.numel():
@@ -311,9 +339,11 @@ def average_blocks(
     _average_blocks_kernel[(blocks * batch * heads,)](
         x,
         means,
+        means if moved is None else moved,
         *(tensor for tensor, _, _ in operands),
         *x.stride(),
         *means.stride()[:3],
+        *(means if moved is None else moved).stride()[:3],
         *(stride for _, *strides in operands for stride in strides),
         heads,
         blocks,
@@ -324,6 +354,7 @@ def average_blocks(
         HAS_OFFSETS=offsets is not None,
         HAS_LENGTHS=lengths is not None,
         HAS_PERMUTATION=permutation is not None,
+        KEEP=moved is not None,
         BLOCK_ROWS=max(1, 4096 // block_width),
         BLOCK_WIDTH=block_width,
     )

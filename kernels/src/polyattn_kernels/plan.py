@@ -92,7 +92,11 @@ class BlockSparsePlan:
     key_lengths: torch.Tensor | None = None
     """``[B|1, H|1, Mk]``: tokens at the start of each uniform key block; None: all its rows."""
     query_permutation: torch.Tensor | None = None
-    """``[B|1, H|1, Sq]``: the token of q, and of the output, at each position of the walk."""
+    """``[B|1, H|1, Sq]``: the token of q, and of the output, at each position of the walk.
+
+    With ``query_lengths`` the walk may be longer than q, ``[B|1, H|1, P]``: positions past the
+    length of their block may be -1, which is no token, and every token still has its position.
+    """
     key_permutation: torch.Tensor | None = None
     """``[B|1, H|1, Sk]``: the token of k and v at each position of the walk."""
 
@@ -100,6 +104,12 @@ class BlockSparsePlan:
         _check_structure(self)
 
     # --- what the shapes tell ---------------------------------------------------------------------
+
+    @property
+    def query_positions(self) -> int:
+        """Positions of the walk over queries: Sq, or more if some hold no token."""
+        order = self.query_permutation
+        return self.query_length if order is None else order.shape[-1]
 
     @property
     def num_query_blocks(self) -> int:
@@ -209,9 +219,11 @@ class BlockSparsePlan:
             return blocks
         batch, heads = _common(blocks, permutation)
         blocks = blocks.expand(batch, heads, -1)
-        order = _within(permutation, self.query_length if side == "query" else self.key_length)
-        order = order.expand(batch, heads, -1)
-        return torch.full_like(blocks, -1).scatter_(-1, order, blocks)
+        tokens = self.query_length if side == "query" else self.key_length
+        # Positions without a token go to a column that is cut off.
+        order = permutation.where(permutation >= 0, tokens).long().clamp_max(tokens)
+        found = blocks.new_full((batch, heads, tokens + 1), -1)
+        return found.scatter_(-1, order.expand(batch, heads, -1), blocks)[..., :tokens]
 
     def to_block_mask(self) -> torch.Tensor:
         """Which key blocks each query block attends to: bool ``[B|1, H|1, Mq, Mk]``."""
@@ -276,7 +288,12 @@ class BlockSparsePlan:
         A uniform block that is shorter than its rows becomes two blocks: its tokens, and its other
         rows, which attend to nothing and are attended by nobody. ``density()`` of the result counts
         such rows as tokens.
+
+        Raises:
+            PlanError: for a walk over more positions than there are queries.
         """
+        if self.query_positions != self.query_length:
+            raise PlanError("a walk over more positions than queries has no variable blocks")
         counts, indices = self.key_counts, self.key_indices
         changes: dict[str, Any] = {}
         for side in ("query", "key"):
@@ -587,7 +604,7 @@ class BlockSparsePlan:
             high = torch.minimum(edges[1:, None], stop)
             return (high - low).clamp_min(0) / edges.diff()[:, None]
 
-        rows, columns = coverage("query", self.query_length), coverage("key", self.key_length)
+        rows, columns = coverage("query", self.query_positions), coverage("key", self.key_length)
         shade = rows @ of_head(self.to_block_mask()).double() @ columns.T
         pixels = (255 * (1 - shade)).round().to(torch.uint8)
         image = Image.frombytes(
@@ -605,10 +622,10 @@ _TENSOR_FIELDS = [field.name for field in fields(BlockSparsePlan) if "Tensor" in
 
 
 def _side(plan: BlockSparsePlan, side: Side) -> tuple[int, int, int, torch.Tensor | None]:
-    """Tokens, uniform block size (0 if variable), number of blocks, and offsets of one side."""
+    """Positions, uniform block size (0 if variable), number of blocks, and offsets of one side."""
     if side == "query":
         block, blocks, offsets = plan.query_block, plan.num_query_blocks, plan.query_offsets
-        return plan.query_length, block or 0, blocks, offsets
+        return plan.query_positions, block or 0, blocks, offsets
     return plan.key_length, plan.key_block or 0, plan.num_key_blocks, plan.key_offsets
 
 
@@ -705,7 +722,8 @@ def _touched_blocks(
     plan: BlockSparsePlan, side: Side, spans: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
     """Which blocks hold a token of the spans: bool [B|1, H|1, M]."""
-    tokens, _, count, _ = _side(plan, side)
+    _, _, count, _ = _side(plan, side)
+    tokens = plan.query_length if side == "query" else plan.key_length
     marked = torch.zeros((1, 1, tokens), dtype=torch.bool, device=plan.device)
     for span in spans:
         if not isinstance(span, (tuple, list)) or len(span) != 2:
@@ -855,6 +873,9 @@ def _numbers_of_blocks(
             require_int(f"{side}_block", block, 16, error=PlanError)
             if block % 16:
                 raise PlanError(f"{side}_block must be a positive multiple of 16, found {block}")
+            order: Any = geometry.get("query_permutation") if side == "query" else None
+            if geometry.get("query_lengths") is not None and order is not None and order.dim() == 3:
+                tokens = max(tokens, order.shape[-1])  # the walk may be longer
             numbers.append(-(-tokens // block))
             continue
         if geometry.get(f"{side}_lengths") is not None:
@@ -892,6 +913,9 @@ def _check_structure(plan: BlockSparsePlan) -> None:
     query_blocks, key_blocks = _numbers_of_blocks(plan.query_length, plan.key_length, geometry)
     for name in ("key_counts", "key_indices"):
         _require_tensor(name, getattr(plan, name))
+    order, positions = plan.query_permutation, plan.query_length
+    if plan.query_lengths is not None and order is not None and order.dim() == 3:
+        positions = max(positions, order.shape[-1])
     capacity = plan.key_indices.shape[3] if plan.key_indices.dim() == 4 else "capacity"
     tails: dict[str, tuple[Any, ...]] = {
         "key_counts": (query_blocks,),
@@ -900,7 +924,7 @@ def _check_structure(plan: BlockSparsePlan) -> None:
         "key_offsets": (key_blocks + 1,),
         "query_lengths": (query_blocks,),
         "key_lengths": (key_blocks,),
-        "query_permutation": (plan.query_length,),
+        "query_permutation": (positions,),
         "key_permutation": (plan.key_length,),
     }
     leading: dict[int, tuple[int, str]] = {}
@@ -965,14 +989,20 @@ def _check_values(plan: BlockSparsePlan) -> None:
         permutation: torch.Tensor | None = getattr(plan, f"{side}_permutation")
         if permutation is not None:
             name = f"{side}_permutation"
+            there = plan.query_length if side == "query" else plan.key_length
+            absent = torch.zeros_like(permutation, dtype=torch.bool)
+            if tokens > there:
+                absent = (permutation == -1) & (plan.blocks_of_positions(side) < 0)
+                permutation = permutation.expand_as(absent)
             _refuse(
-                (permutation < 0) | (permutation >= tokens),
+                ((permutation < 0) & ~absent) | (permutation >= there),
                 permutation,
-                f"{name} must hold numbers from 0 to {tokens - 1}",
+                f"{name} must hold numbers from 0 to {there - 1}"
+                + (", or -1 past the length of a block" if tokens > there else ""),
                 "position",
             )
             ordered, places = permutation.sort(dim=-1, stable=True)
-            again = F.pad(ordered.diff(dim=-1) == 0, (1, 0))
+            again = F.pad((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0), (1, 0))
             _refuse(
                 torch.zeros_like(again).scatter_(-1, places, again),
                 permutation,
@@ -980,6 +1010,8 @@ def _check_values(plan: BlockSparsePlan) -> None:
                 "position",
                 hint=f"plan.{name}[batch, head].bincount() to see which are missing",
             )
+            held = (permutation >= 0).sum(-1)
+            _refuse(held != there, held, f"{name} must name each of {there} tokens")
     counts = plan.key_counts
     _refuse(counts < 0, counts, "key_counts must not be negative", "query")
     _refuse(

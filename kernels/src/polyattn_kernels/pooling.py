@@ -15,7 +15,7 @@ from polyattn_kernels._triton_support import choose_provider
 from polyattn_kernels.errors import AttentionInputError, require_int
 from polyattn_kernels.permutation import check_index, gather_tokens
 
-__all__ = ["pool_blocks"]
+__all__ = ["gather_and_pool", "pool_blocks"]
 
 # Float32 elements that the torch path gathers at a time: 256 MiB.
 GATHERED_ELEMENTS = 1 << 26
@@ -40,7 +40,8 @@ def pool_blocks(
             negative number counts as 0, one that is too large as the rows of the block.
         offsets: int32 ``[B|1, H|1, M + 1]``, variable blocks instead of uniform ones: 0 first, S
             last, never decreasing. A block that ends before it starts has count 0.
-        permutation: int32 ``[B|1, H|1, S]``, the token at each position; None: token order.
+        permutation: int32 ``[B|1, H|1, S]``, the token at each position; None: token order. With
+            lengths there may be another number of positions, and -1 where no token is.
         dtype: of the means, None for x's. Sums are float32 (float64 for a float64 x).
         provider: ``"auto"``, ``"torch"`` or ``"triton"``.
 
@@ -72,6 +73,38 @@ def pool_blocks(
     return (sums / divisor).to(dtype), counts
 
 
+def gather_and_pool(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    *,
+    block: int,
+    lengths: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    provider: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`~polyattn_kernels.permutation.gather_tokens`, and :func:`pool_blocks` of the result.
+
+    Returns a contiguous ``[B, P, H, D]`` and the means ``[B, M, H, D]``; all arguments are those of
+    the two. On a GPU x is read once, for both, and what is gathered is not read again.
+    """
+    check_index(x, index)
+    if choose_provider(provider, x) == "torch":
+        moved = gather_tokens(x, index, provider="torch")
+        return moved, pool_blocks(
+            moved, block=block, lengths=lengths, dtype=dtype, provider="torch"
+        )[0]
+    from polyattn_kernels._token_kernels import average_blocks
+
+    batch, _, heads, width = x.shape
+    blocks = _uniform_counts(x, index.shape[-1], block, lengths).shape[-1]
+    moved = x.new_empty(batch, index.shape[-1], heads, width)
+    means = x.new_empty(batch, blocks, heads, width, dtype=dtype or x.dtype)
+    average_blocks(
+        x, means, block=block, lengths=lengths, offsets=None, permutation=index, moved=moved
+    )
+    return moved, means
+
+
 def _counts(
     x: torch.Tensor,
     block: int | None,
@@ -91,7 +124,8 @@ def _counts(
         )
     length = x.shape[1]
     if permutation is not None:
-        check_index(x, permutation, "permutation", length)
+        check_index(x, permutation, "permutation", length if lengths is None else None)
+        length = permutation.shape[-1]
     if offsets is not None:
         if lengths is not None:
             raise AttentionInputError("lengths belong to uniform blocks; offsets say it all")
@@ -100,6 +134,13 @@ def _counts(
             raise AttentionInputError("offsets of M blocks have M + 1 entries, found none")
         return offsets.diff(dim=-1).clamp_min(0)
     assert block is not None
+    return _uniform_counts(x, length, block, lengths)
+
+
+def _uniform_counts(
+    x: torch.Tensor, length: int, block: int, lengths: torch.Tensor | None
+) -> torch.Tensor:
+    """Of a walk of ``length`` positions."""
     require_int("block", block)
     blocks = -(-length // block)
     starts = torch.arange(0, length, block, dtype=torch.int32, device=x.device)

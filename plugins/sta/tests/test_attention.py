@@ -246,15 +246,17 @@ def test_a_slice_of_heads_is_that_of_the_whole(draw: Any, strategy_file: Any) ->
         whole, _ = attend(q, k, v, GRID, mask_strategy_file_path=path, tile_size=TILE)
         for first in (0, 2, 4):
             part = [each[:, :, first : first + 2] for each in (q, k, v)]
-            out, _ = attend(
-                *part, GRID, mask_strategy_file_path=path, tile_size=TILE, first_head=first
-            )
+            with polyattn.forward_context(first_head=first):
+                out, _ = attend(*part, GRID, mask_strategy_file_path=path, tile_size=TILE)
             assert torch.equal(out, whole[:, :, first : first + 2])
         with pytest.raises(ConfigError, match="for 6 heads, and the call has 2;.*first") as error:
             attend(*part, GRID, mask_strategy_file_path=path, tile_size=TILE)
         assert "first_head=" in str(error.value)
-        with pytest.raises(ConfigError, match="heads 5 to 6"):
-            attend(*part, GRID, mask_strategy_file_path=path, tile_size=TILE, first_head=5)
+        with (
+            polyattn.forward_context(first_head=5),
+            pytest.raises(ConfigError, match="heads 5 to 6"),
+        ):
+            attend(*part, GRID, mask_strategy_file_path=path, tile_size=TILE)
     one_window = {"window_size": (1, 3, 1), "tile_size": TILE}
     whole, _ = attend(q, k, v, GRID, **one_window)
     out, _ = attend(q[:, :, 1:3], k[:, :, 1:3], v[:, :, 1:3], GRID, **one_window)
@@ -413,7 +415,6 @@ def test_windows_must_be_given(draw: Any) -> None:
             {"window_size": [1, 1, 1], "mask_strategy_file_path": "x.json"},
             "give one of window_size and mask_strategy_file_path",
         ),
-        ({"window_size": [1, 1, 1], "first_head": 2}, "window_size is the same for all"),
         ({"window_size": [0, 1, 1]}, "window_size.0"),
         ({"window_size": [3, 3]}, r"window_size=\[3, 3\] is a list of 2, expected 3"),
         ({"window_size": [1, 1, 1], "skip_time_steps": True}, "skip_time_steps=True is not a num"),

@@ -326,9 +326,9 @@ def test_arguments_that_cannot_be_tuned_by(searched: Path, wrong: Any, words: st
 
 def test_ranks_search_their_own_heads(draw: Any, expected: Any, tmp_path: Path) -> None:
     for first in (0, 2):
-        config = searching(tmp_path, first_head=first)
-        run(draw, 0, config, heads=slice(first, first + 2))
-        run(draw, 1, config, heads=slice(first, first + 2))
+        with polyattn.forward_context(first_head=first):
+            run(draw, 0, searching(tmp_path), heads=slice(first, first + 2))
+            run(draw, 1, searching(tmp_path), heads=slice(first, first + 2))
     strategy = tune(tmp_path, skip_time_steps=0).strategy
     for step, layer, head in ((0, 0, 0), (1, 2, 1), (3, 1, 2), (2, 0, 3)):
         assert strategy.window(step, layer, head) == best(expected, ("cond",), step, layer, head)

@@ -50,7 +50,7 @@ PLAN_NUMBERS = (
     "first_instance", "plan_heads", "replicas", "head_replicas", "tiles", "end",
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h",
     "parts_stride_b", "parts_stride_h", "part_capacity", "query_lengths_stride_b",
-    "query_lengths_stride_h", "query_permutation_stride_b", "query_permutation_stride_h",
+    "query_lengths_stride_h", "query_permutation_stride_b", "query_permutation_stride_h", "walk",
 )  # fmt: skip
 
 
@@ -189,6 +189,56 @@ def _absorb_tiles(
 
 
 @gluon.jit
+def _query_rows(
+    first, number, within, query_permutation, instance, plan_heads, walk, query_length,
+    query_permutation_stride_b, query_permutation_stride_h, PERMUTED: gl.constexpr,
+):  # fmt: skip
+    """Tokens of the ``number`` queries from position ``first`` on, and which of them there are.
+
+    ``within`` counts from that position. ``walk``: positions in all; ``query_length``: tokens.
+    """
+    rows = first + within
+    valid = (within < number) & (rows >= 0) & (rows < walk)
+    if PERMUTED:
+        rows = gl.load(
+            query_permutation
+            + (instance // plan_heads).to(gl.int64) * query_permutation_stride_b
+            + (instance % plan_heads).to(gl.int64) * query_permutation_stride_h
+            + rows,
+            mask=valid,
+            other=-1,
+        )
+        valid = valid & (rows >= 0) & (rows < query_length)
+    return rows, valid
+
+
+@gluon.jit
+def _fetch_queries(
+    queries, q, first, query_permutation, instance, plan_heads, walk, query_length,
+    query_permutation_stride_b, query_permutation_stride_h, q_stride_s,
+    D: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """64 queries by their tokens, 16 bytes per thread and load; zeros where there is none.
+
+    Whoever multiplies by them has to wait for the other threads that write, on a barrier.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    rows, valid = _query_rows(
+        first, ROWS, gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), query_permutation,
+        instance, plan_heads, walk, query_length, query_permutation_stride_b,
+        query_permutation_stride_h, True,
+    )  # fmt: skip
+    column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
+    held = gl.load(
+        q + rows.to(gl.int64)[:, None] * (q_stride_s * 8) + column[None, :],
+        mask=valid[:, None] & (column < D)[None, :],
+        other=0.0,
+    )
+    queries.store(held)
+    fence_async_shared()
+
+
+@gluon.jit
 def _store(
     out, lse, accumulator, total, maximum, rows, stored, valid, out_stride_s,
     D: gl.constexpr, BLOCK_D: gl.constexpr, STORE_LSE: gl.constexpr,
@@ -284,7 +334,8 @@ def _uniform_consumer(
     queries, shared, WARPGROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
     KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr, REPAIR: gl.constexpr,
-    QUERY_LENGTHS: gl.constexpr, STORE_LSE: gl.constexpr,
+    QUERY_LENGTHS: gl.constexpr, QUERIES_PERMUTED: gl.constexpr, FETCH: gl.constexpr,
+    STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each work item's query tile."""
     (
@@ -292,7 +343,8 @@ def _uniform_consumer(
         repaired, out, lse, key_counts, part_entries, part_counts, query_lengths, scale,
         out_stride_b, out_stride_s, out_stride_h, counts_stride_b, counts_stride_h,
         parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
-        query_length, capacity, part_capacity, tiles, end,
+        query_length, capacity, part_capacity, tiles, end, q, query_permutation, q_stride_b,
+        q_stride_s, q_stride_h, query_permutation_stride_b, query_permutation_stride_h, walk,
     ) = shared  # fmt: skip
     TILE: gl.constexpr = CONSUMERS * ROWS
     PACK: gl.constexpr = KEYS // KEY_BLOCK if KEY_BLOCK < KEYS else 1
@@ -321,11 +373,22 @@ def _uniform_consumer(
             capacity, end, QUERY_BLOCK, TILE, PARTS, QUERY_LENGTHS,
         )  # fmt: skip
         of_parts, of_blocks, absent = _tiles_of(count, parts, KEYS, PACK, SPLIT)
+        first = block * QUERY_BLOCK + tile * TILE + WARPGROUP * ROWS
         maximum = gl.full([ROWS], -float("inf"), gl.float32, PER_SCORE)
         total = gl.full([ROWS], 0.0, gl.float32, PER_SCORE)
         accumulator = gl.full([ROWS, BLOCK_D], 0.0, gl.float32, OUT)
         if of_parts + of_blocks > 0:
             query_phase = served & 1
+            if FETCH:
+                # The last item's are done with: no warp passes the barrier in front of an arrival
+                # on query_free before all four have.
+                offset = batch.to(gl.int64) * q_stride_b + head.to(gl.int64) * q_stride_h
+                _fetch_queries(
+                    queries, q + offset * 8, first, query_permutation, batch * heads + head, heads,
+                    walk, query_length, query_permutation_stride_b, query_permutation_stride_h,
+                    q_stride_s, D, BLOCK_D,
+                )  # fmt: skip
+                mbarrier.arrive(query_full, count=1)
             mbarrier.wait(query_full, query_phase)
             # The first full tile lacks its first block where their number is odd.
             present = gl.where(absent > 0, 0, PART)
@@ -382,9 +445,11 @@ def _uniform_consumer(
             mbarrier.arrive(query_free, count=1)
             served += 1
 
-        within = tile * TILE + WARPGROUP * ROWS + gl.arange(0, ROWS, layout=PER_ROW)
-        rows = block * QUERY_BLOCK + within
-        stored = rows < query_length
+        row = gl.arange(0, ROWS, layout=PER_ROW)
+        rows, stored = _query_rows(
+            first, ROWS, row, query_permutation, batch * heads + head, heads, walk, query_length,
+            query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
+        )  # fmt: skip
         valid = stored
         if QUERY_LENGTHS:
             length = gl.load(
@@ -393,7 +458,7 @@ def _uniform_consumer(
                 + head.to(gl.int64) * query_lengths_stride_h
                 + block
             )
-            valid = stored & (within < length)
+            valid = stored & (tile * TILE + WARPGROUP * ROWS + row < length)
         _store(
             out + batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h,
             lse + (batch * heads + head).to(gl.int64) * query_length,
@@ -407,11 +472,12 @@ def _uniform_consumer(
 def _uniform_producer(
     shared, BLOCK_D: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr,
-    QUERY_LENGTHS: gl.constexpr,
+    QUERY_LENGTHS: gl.constexpr, FETCH: gl.constexpr,
 ):  # fmt: skip
     """Queries, then keys and values: of parts, then of the full blocks from the list's end.
 
-    Whatever a list says, TMA reads nothing outside of its tensor: it gives zeros.
+    With ``FETCH`` no queries: the consumers read their own, which lie in no box. Whatever a list
+    says, TMA reads nothing outside of its tensor: it gives zeros.
     """
     (
         query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, first_queries,
@@ -437,19 +503,20 @@ def _uniform_producer(
             QUERY_BLOCK, TILE, PARTS, QUERY_LENGTHS,
         )  # fmt: skip
         of_parts, of_blocks, absent = _tiles_of(count, parts, KEYS, PACK, SPLIT)
-        if of_parts + of_blocks > 0:
-            first_row = block * QUERY_BLOCK + tile * TILE
-            mbarrier.wait(query_free, (served & 1) ^ 1)
-            mbarrier.expect(query_full, CONSUMERS * ROWS * BLOCK_D * 2)
-            tma.async_copy_global_to_shared(
-                query_descriptor, [batch, head, first_row, 0], query_full, first_queries
-            )
-            if CONSUMERS == 2:
+        if not FETCH:
+            if of_parts + of_blocks > 0:
+                first_row = block * QUERY_BLOCK + tile * TILE
+                mbarrier.wait(query_free, (served & 1) ^ 1)
+                mbarrier.expect(query_full, CONSUMERS * ROWS * BLOCK_D * 2)
                 tma.async_copy_global_to_shared(
-                    query_descriptor, [batch, head, first_row + ROWS, 0], query_full,
-                    second_queries,
-                )  # fmt: skip
-            served += 1
+                    query_descriptor, [batch, head, first_row, 0], query_full, first_queries
+                )
+                if CONSUMERS == 2:
+                    tma.async_copy_global_to_shared(
+                        query_descriptor, [batch, head, first_row + ROWS, 0], query_full,
+                        second_queries,
+                    )  # fmt: skip
+                served += 1
         if PARTS:
             part_list = (
                 part_entries
@@ -524,8 +591,11 @@ def _uniform_producer(
 
 
 @gluon.jit
-def _barriers(BUFFERS: gl.constexpr, CONSUMERS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Rings of barriers; a buffer is full after ARRIVALS arrivals, or a copy through TMA (1)."""
+def _barriers(
+    BUFFERS: gl.constexpr, CONSUMERS: gl.constexpr, ARRIVALS: gl.constexpr,
+    QUERY_ARRIVALS: gl.constexpr,
+):  # fmt: skip
+    """Rings of barriers; a buffer is full after so many arrivals, or a copy through TMA (1)."""
     key_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
@@ -541,7 +611,7 @@ def _barriers(BUFFERS: gl.constexpr, CONSUMERS: gl.constexpr, ARRIVALS: gl.const
         mbarrier.init(value_free.index(buffer), count=CONSUMERS)
     mbarrier.init(turn.index(0), count=1)
     mbarrier.init(turn.index(1), count=1)
-    mbarrier.init(query_full, count=ARRIVALS)
+    mbarrier.init(query_full, count=QUERY_ARRIVALS)
     mbarrier.init(query_free, count=CONSUMERS)
     mbarrier.init(repaired, count=CONSUMERS)
     if CONSUMERS == 2:
@@ -553,23 +623,27 @@ def _barriers(BUFFERS: gl.constexpr, CONSUMERS: gl.constexpr, ARRIVALS: gl.const
 
 @gluon.jit(do_not_specialize=PLAN_NUMBERS)
 def uniform_attention(
-    query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, out, lse,
-    key_indices, key_counts, part_entries, part_counts, query_lengths, scale,
-    out_stride_b, out_stride_s, out_stride_h,
+    query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, q, out, lse,
+    query_permutation, key_indices, key_counts, part_entries, part_counts, query_lengths, scale,
+    q_stride_b, q_stride_s, q_stride_h, out_stride_b, out_stride_s, out_stride_h,
+    query_permutation_stride_b, query_permutation_stride_h,
     indices_stride_b, indices_stride_h, counts_stride_b, counts_stride_h,
     parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h,
-    heads, group, query_length, capacity, part_capacity, tiles, end,
+    heads, group, walk, query_length, capacity, part_capacity, tiles, end,
     D: gl.constexpr, BLOCK_D: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEY_BLOCK: gl.constexpr,
     CONSUMERS: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr, PARTS: gl.constexpr,
-    REPAIR: gl.constexpr, QUERY_LENGTHS: gl.constexpr, STORE_LSE: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    REPAIR: gl.constexpr, QUERY_LENGTHS: gl.constexpr, QUERIES_PERMUTED: gl.constexpr,
+    FETCH: gl.constexpr, STORE_LSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Work items 0 to ``end - 1`` of ``tiles`` per head: tiles of queries against their lists.
 
     Descriptors see ``[B, H, S, D]`` in boxes of 64 queries, of min(KEYS, KEY_BLOCK) keys and, for
     parts, of 32. ``PARTS``: lists come from ``list_parts``: full blocks, and parts of others
     (contiguous ``[B, H, Mq, part_capacity]``); without it every block is full. ``REPAIR``: what is
-    no token may hold NaN.
+    no token may hold NaN. ``QUERIES_PERMUTED``: results go to the tokens at their positions in the
+    walk; the descriptor sees q in the order of the walk. Or, ``FETCH``: not the descriptor but q,
+    whose strides count 16 bytes, is read, at the same tokens.
     """
     dtype: gl.constexpr = key_descriptor.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
@@ -581,13 +655,14 @@ def uniform_attention(
     values = gl.allocate_shared_memory(dtype, [BUFFERS, KEYS, BLOCK_D], LAYOUT)
     (
         key_full, key_free, value_full, value_free, turn, query_full, query_free, repaired
-    ) = _barriers(BUFFERS, CONSUMERS, 1)  # fmt: skip
+    ) = _barriers(BUFFERS, CONSUMERS, 1, CONSUMERS if FETCH else 1)  # fmt: skip
     consumer = (
         keys, values, key_full, key_free, value_full, value_free, query_full, query_free, turn,
         repaired, out, lse, key_counts, part_entries, part_counts, query_lengths, scale,
         out_stride_b, out_stride_s, out_stride_h, counts_stride_b, counts_stride_h,
         parts_stride_b, parts_stride_h, query_lengths_stride_b, query_lengths_stride_h, heads,
-        query_length, capacity, part_capacity, tiles, end,
+        query_length, capacity, part_capacity, tiles, end, q, query_permutation, q_stride_b,
+        q_stride_s, q_stride_h, query_permutation_stride_b, query_permutation_stride_h, walk,
     )  # fmt: skip
     producer = (
         query_descriptor, key_descriptor, value_descriptor, key_parts, value_parts, first_queries,
@@ -602,15 +677,17 @@ def uniform_attention(
             [
                 (_uniform_consumer, (
                     first_queries, consumer, 0, D, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS,
-                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, STORE_LSE,
+                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, QUERIES_PERMUTED, FETCH,
+                    STORE_LSE,
                 )),
                 (_uniform_consumer, (
                     second_queries, consumer, 1, D, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS,
-                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, STORE_LSE,
+                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, QUERIES_PERMUTED, FETCH,
+                    STORE_LSE,
                 )),
                 (_uniform_producer, (
                     producer, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS, KEYS, BUFFERS, PARTS,
-                    QUERY_LENGTHS,
+                    QUERY_LENGTHS, FETCH,
                 )),
             ],
             [4, 1],
@@ -621,11 +698,12 @@ def uniform_attention(
             [
                 (_uniform_consumer, (
                     first_queries, consumer, 0, D, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS,
-                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, STORE_LSE,
+                    KEYS, BUFFERS, PARTS, REPAIR, QUERY_LENGTHS, QUERIES_PERMUTED, FETCH,
+                    STORE_LSE,
                 )),
                 (_uniform_producer, (
                     producer, BLOCK_D, QUERY_BLOCK, KEY_BLOCK, CONSUMERS, KEYS, BUFFERS, PARTS,
-                    QUERY_LENGTHS,
+                    QUERY_LENGTHS, FETCH,
                 )),
             ],
             [1],
@@ -650,27 +728,6 @@ def _item(items, first_instance, plan_heads, replicas, head_replicas, num_items)
         batch, head, instance, slot // replicas, gl.load(item), gl.load(item + 1),
         gl.load(item + 2),
     )  # fmt: skip
-
-
-@gluon.jit
-def _query_rows(
-    first, number, within, query_permutation, instance, plan_heads, query_length,
-    query_permutation_stride_b, query_permutation_stride_h, PERMUTED: gl.constexpr,
-):  # fmt: skip
-    """Tokens of the queries at positions ``within`` of an item, and which of them there are."""
-    rows = first + within
-    valid = (within < number) & (rows >= 0) & (rows < query_length)
-    if PERMUTED:
-        rows = gl.load(
-            query_permutation
-            + (instance // plan_heads).to(gl.int64) * query_permutation_stride_b
-            + (instance % plan_heads).to(gl.int64) * query_permutation_stride_h
-            + rows,
-            mask=valid,
-            other=-1,
-        )
-        valid = valid & (rows >= 0) & (rows < query_length)
-    return rows, valid
 
 
 @gluon.jit
@@ -720,7 +777,7 @@ def _gathered_consumer(
             )  # fmt: skip
         rows, valid = _query_rows(
             first, number, within, query_permutation, instance, plan_heads, query_length,
-            query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
+            query_length, query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
         )  # fmt: skip
         _store(
             out + batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h,
@@ -766,7 +823,7 @@ def _gathered_producer(
         row = gl.arange(0, ROWS, layout=PER_ROW)
         rows, valid = _query_rows(
             first, number, row, query_permutation, instance, plan_heads, query_length,
-            query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
+            query_length, query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
         )  # fmt: skip
         async_copy.async_copy_global_to_shared(
             first_queries,
@@ -776,7 +833,8 @@ def _gathered_producer(
         if CONSUMERS == 2:
             rows, valid = _query_rows(
                 first, number, ROWS + row, query_permutation, instance, plan_heads, query_length,
-                query_permutation_stride_b, query_permutation_stride_h, QUERIES_PERMUTED,
+                query_length, query_permutation_stride_b, query_permutation_stride_h,
+                QUERIES_PERMUTED,
             )  # fmt: skip
             async_copy.async_copy_global_to_shared(
                 second_queries,
@@ -856,7 +914,7 @@ def gathered_attention(
     values = gl.allocate_shared_memory(dtype, [BUFFERS, KEYS, BLOCK_D], LAYOUT)
     (
         key_full, key_free, value_full, value_free, turn, query_full, _, repaired
-    ) = _barriers(BUFFERS, CONSUMERS, 128)  # fmt: skip
+    ) = _barriers(BUFFERS, CONSUMERS, 128, 128)  # fmt: skip
     consumer = (
         keys, values, key_full, key_free, value_full, value_free, query_full, turn, repaired, out,
         lse, items, query_permutation, token_counts, scale, out_stride_b, out_stride_s,

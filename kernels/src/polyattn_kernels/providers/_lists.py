@@ -8,12 +8,13 @@ outside of its tensors. Importing this module does not import Triton.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from polyattn_kernels.permutation import gather_tokens
 from polyattn_kernels.plan import BlockSparsePlan
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Parts",
     "TokenLists",
     "Turn",
+    "in_walk_order",
     "is_tiled",
     "leading_strides",
     "list_parts",
@@ -37,8 +39,36 @@ TOKEN_LIST_BYTES = 512 * 2**20  # of packed token lists that exist at one time
 
 
 def is_tiled(plan: BlockSparsePlan) -> bool:
-    """Whether blocks are tiles of q and k as they lie in memory."""
-    return plan.is_uniform and plan.query_permutation is None and plan.key_permutation is None
+    """Whether blocks are tiles of k as it lies in memory, and of q in the order of its walk."""
+    return plan.is_uniform and plan.key_permutation is None
+
+
+def in_walk_order(
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockSparsePlan,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``run`` for queries that were put in the order of their walk, and the result back in theirs.
+
+    For kernels that read no permuted queries, or none of a walk that is longer than q.
+    """
+    order, tokens = plan.query_permutation, plan.query_length
+    assert order is not None
+    walked = replace(plan, query_length=plan.query_positions, query_permutation=None)
+    out, lse = run(gather_tokens(q, order), k, v, walked, scale, return_lse)
+    # Positions without a token have a column of their own, which is cut off.
+    named = order.where(order >= 0, tokens).clamp_max(tokens).long()
+    position = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device)
+    places = order.new_full((*order.shape[:2], tokens + 1), -1)
+    places = places.scatter_(-1, named, position.expand_as(order))[..., :tokens].contiguous()
+    if lse is not None:
+        there = places.clamp_min(0).long().expand(*lse.shape[:2], -1)
+        lse = lse.gather(-1, there).masked_fill(places < 0, -math.inf)
+    return gather_tokens(out, places), lse
 
 
 def partition(

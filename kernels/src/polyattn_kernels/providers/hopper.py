@@ -26,12 +26,14 @@ from polyattn_kernels._triton_support import (
     triton_reasons,
     triton_version,
 )
+from polyattn_kernels.permutation import gather_tokens
 from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers import reference
 from polyattn_kernels.providers._lists import (
     PART,
     TOKEN_LIST_BYTES,
     TokenLists,
+    in_walk_order,
     is_tiled,
     leading_strides,
     list_parts,
@@ -77,6 +79,10 @@ class WarpConfig:
     producer_registers: int = 24
     most_registers: int | None = None
     """Per thread, for the whole kernel: so that as many programs fit as there should be."""
+    fetch: bool = True
+    """Whether permuted queries of uniform blocks are read where they are needed, and not put in
+    the order of the walk before.
+    """
 
 
 def uniform_config(query_block: int, key_block: int, head_dim: int) -> WarpConfig:
@@ -149,6 +155,8 @@ def run(
         assert plan.key_block is not None
         config = uniform_config(plan.query_block, plan.key_block, q.shape[-1])
         return attend_uniform(q, k, v, plan, scale, return_lse, config)
+    if plan.query_positions > plan.query_length:
+        return in_walk_order(run, q, k, v, plan, scale, return_lse)
     return attend_gathered(q, k, v, plan, scale, return_lse, gather_configs(q.shape[-1]))
 
 
@@ -169,7 +177,7 @@ def attend_uniform(
     return_lse: bool,
     config: WarpConfig,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`run` for a plan of uniform blocks without permutations, with warps of one's choice."""
+    """:func:`run` for a plan of uniform blocks as they lie in k, with warps of one's choice."""
     from triton.experimental.gluon import language as gl
 
     from polyattn_kernels.providers import _hopper_kernels as kernels
@@ -201,6 +209,11 @@ def attend_uniform(
     query_lengths = counts
     if plan.query_lengths is not None:
         query_lengths = plan.query_lengths.expand(batch, heads, -1)
+    order, walked = counts, q
+    if plan.query_permutation is not None:
+        order = plan.query_permutation.expand(batch, heads, -1)
+        if not config.fetch:
+            walked = gather_tokens(q, plan.query_permutation)
     tiles = plan.num_query_blocks * (plan.query_block // rows)
     end = batch * heads * tiles
     box = min(config.keys, plan.key_block)
@@ -210,24 +223,29 @@ def attend_uniform(
         of_parts = [_descriptor(each, PART, width, layout) for each in (k, v)]
     with on_device(q):
         kernels.uniform_attention[(min(end, config.programs * _multiprocessors(q.device)),)](
-            _descriptor(q, WARPGROUP_ROWS, width, layout),
+            _descriptor(walked, WARPGROUP_ROWS, width, layout),
             *whole,
             *of_parts,
+            q,
             out,
             lse,
+            order,
             indices,
             counts,
             entries,
             part_counts,
             query_lengths,
             scale * math.log2(math.e),
+            *(stride // 8 for stride in q.stride()[:3]),
             *out.stride()[:3],
+            *order.stride()[:2],
             *indices.stride()[:2],
             *counts.stride()[:2],
             *entries.stride()[:2],
             *query_lengths.stride()[:2],
             heads,
             heads // k.shape[2],
+            plan.query_positions,
             query_length,
             plan.capacity,
             entries.shape[-1],
@@ -244,6 +262,8 @@ def attend_uniform(
             # Past the end of a sequence, TMA reads zeros.
             REPAIR=plan.key_lengths is not None,
             QUERY_LENGTHS=plan.query_lengths is not None,
+            QUERIES_PERMUTED=plan.query_permutation is not None,
+            FETCH=plan.query_permutation is not None and config.fetch,
             STORE_LSE=return_lse,
             **_launch(config),
         )
@@ -379,6 +399,7 @@ _verdicts: dict[_Variant, str | None] = {}
 
 def _variant_of(plan: BlockSparsePlan, q: torch.Tensor) -> _Variant:
     tiled = _is_tiled(plan)
+    in_order = not tiled and plan.query_positions > plan.query_length  # once it is there
     return _Variant(
         device=q.device,
         dtype=q.dtype,
@@ -387,7 +408,7 @@ def _variant_of(plan: BlockSparsePlan, q: torch.Tensor) -> _Variant:
         key_block=plan.key_block if tiled else None,
         key_lengths=tiled and plan.key_lengths is not None,
         query_lengths=tiled and plan.query_lengths is not None,
-        permuted=not tiled and plan.query_permutation is not None,
+        permuted=plan.query_permutation is not None and not in_order,
         ragged=tiled and plan.key_length % (plan.key_block or 1) != 0,
     )
 
@@ -442,9 +463,6 @@ def _small_plan(variant: _Variant, generator: torch.Generator) -> BlockSparsePla
         cuts = torch.tensor([0, 3, 200, 200, 460, length], dtype=torch.int32, device=device)
         offsets = cuts.expand(1, 1, -1).contiguous()
         fields |= {"query_offsets": offsets, "key_offsets": offsets}
-        if variant.permuted:
-            order = torch.randperm(length, device=device, generator=generator)
-            fields["query_permutation"] = order.int()[None, None]
         rows = columns = blocks
         query_length = key_length = length
     else:
@@ -462,6 +480,16 @@ def _small_plan(variant: _Variant, generator: torch.Generator) -> BlockSparsePla
             lengths = torch.full((1, 1, rows), variant.query_block, device=device)
             lengths[..., 1] = 5
             fields["query_lengths"] = lengths.int()
+    if variant.permuted:
+        order = torch.arange(query_length, device=device)
+        there = order.clone()
+        if variant.query_lengths:  # of the second block a few queries without keys, then none
+            assert variant.query_block is not None
+            there = there[(order < variant.query_block + 15) | (order >= 2 * variant.query_block)]
+            query_length = len(there)
+            order.fill_(-1)
+        order[there] = torch.randperm(query_length, device=device, generator=generator)
+        fields["query_permutation"] = order.int()[None, None]
     chosen = torch.rand(1, heads, rows, columns, device=device, generator=generator) < 0.6
     chosen[:, 0, 0] = False
     chosen[:, :, 1] = True

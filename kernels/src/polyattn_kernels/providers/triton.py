@@ -30,6 +30,7 @@ from polyattn_kernels.plan import BlockSparsePlan
 from polyattn_kernels.providers._lists import (
     TOKEN_LIST_BYTES,
     TokenLists,
+    in_walk_order,
     is_tiled,
     leading_strides,
     lse_shape,
@@ -112,6 +113,9 @@ def run(
     if not q.numel() or not plan.key_length:
         return nothing_attended(q, return_lse)
     q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
+    longer = plan.query_positions > plan.query_length
+    if plan.query_permutation is not None and (is_tiled(plan) or longer):
+        return in_walk_order(run, q, k, v, plan, scale, return_lse)
     if is_tiled(plan):
         assert plan.query_block is not None
         assert plan.key_block is not None

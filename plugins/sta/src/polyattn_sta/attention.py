@@ -43,7 +43,7 @@ from polyattn_sta.windows import (
 
 __all__ = ["build"]
 
-# q, k and v in rows, and the key lengths of their plan.
+# q as it is, k and v in rows, and the key lengths of their plan.
 Arranged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 RUN = ("sliding_tile_attn",)  # where a run's state keeps what all its layers share
@@ -63,7 +63,9 @@ def build(config: StaConfig, request: AttentionRequest, environment: Environment
     else:
         attention = ByStrategy(config)
     if request.grid is not None:
-        attention.check(tiles_along(request.grid, config.tile_size), request.heads)
+        attention.check(
+            tiles_along(request.grid, config.tile_size), request.heads, request.first_head
+        )
     return attention
 
 
@@ -73,7 +75,7 @@ class _SlidingTiles:
     def __init__(self, config: StaConfig) -> None:
         self.config = config
 
-    def check(self, tiles: Extent, heads: int | None) -> None:
+    def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
         """ConfigError for what cannot serve this tile grid and number of heads."""
 
     def __call__(
@@ -83,7 +85,7 @@ class _SlidingTiles:
         tiles = tiles_of(sequence, self.config.tile_size, q.device)
         assert call.context is not None  # video_sequence has refused a call without one
         plan, facts = self.plan(tiles, call.context, q.shape[2])
-        arranged = tiles.arrange(q, k, v, sequence)
+        arranged = (q, *tiles.arrange(k, v, sequence))
         out, lse = attend(*arranged, plan, call.scale, call.return_lse)
         call.facts = {
             **facts,
@@ -91,8 +93,7 @@ class _SlidingTiles:
             "tiles": f"{words(tiles.tile_grid)} of {words(self.config.tile_size)}",
             "provider": which_provider(plan, *arranged[:3]).name,
         }
-        out = tiles.restore(out)
-        return out if lse is None else (out, tiles.restore_lse(lse))
+        return out if lse is None else (out, lse)
 
     def plan(
         self, tiles: Tiles, context: ForwardContext, heads: int
@@ -103,7 +104,7 @@ class _SlidingTiles:
     def measure(
         self, arranged: Arranged, out: torch.Tensor, tiles: Tiles, call: AttentionCall
     ) -> Mapping[str, Any]:
-        """What else is to be done with the arranged tensors and their result ``[B, R, H, D]``."""
+        """What else is to be done with the arranged tensors and their result ``[B, S, H, D]``."""
         return {}
 
 
@@ -126,11 +127,11 @@ class ByStrategy(_SlidingTiles):
         super().__init__(config)
         self.name = f"strategy of {config!r}"  # in a run's state
 
-    def check(self, tiles: Extent, heads: int | None) -> None:
+    def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
         strategy, _ = self.strategy(tiles)
         strategy.check_tiles(tiles, self.config.tile_size)
         if heads is not None:
-            strategy.check_heads(heads, self.config.first_head)
+            strategy.check_heads(heads, first_head)
         context = current_context()
         if context is not None and context.num_layers is not None:
             strategy.check_layers(0, context.num_layers)
@@ -163,10 +164,10 @@ class ByStrategy(_SlidingTiles):
         strategy, source = run[self.name]
         step, layer = _step_and_layer(context)
         strategy.check_tiles(tiles.tile_grid, self.config.tile_size)
-        strategy.check_heads(heads, self.config.first_head)
+        strategy.check_heads(heads, context.first_head)
         strategy.check_layers(layer, context.num_layers)
         own_step = strategy.step_for(step, context.num_steps)
-        first = self.config.first_head or 0
+        first = context.first_head or 0
         own_heads = slice(first, first + heads)
         plan, density = window_plans(tiles, strategy.windows).of_heads(
             strategy.of_heads(own_step, layer)[own_heads],
@@ -189,7 +190,7 @@ def _choices_on(strategy: Strategy, device: torch.device) -> torch.Tensor:
 class Search(_SlidingTiles):
     """Full attention, and a record of how far each candidate window is from it."""
 
-    def check(self, tiles: Extent, heads: int | None) -> None:
+    def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
         self.candidates(tiles)
 
     def candidates(self, tiles: Extent) -> tuple[Extent, ...]:
@@ -228,13 +229,13 @@ class Search(_SlidingTiles):
         assert context is not None
         assert config.search_output_path is not None
         plans = self._plans(tiles)
-        full = out[:, tiles.video_rows]
+        full = out[:, tiles.video]
         batch, _, _, head_dim = out.shape
-        values = batch * math.prod(tiles.geometry.grid) * head_dim  # rows of padding never differ
+        values = batch * math.prod(tiles.geometry.grid) * head_dim
         errors = []
         for plan in plans.plans[:-1]:
             other, _ = attend(*arranged, plan, call.scale)
-            errors.append(_errors(other[:, tiles.video_rows] - full, values))
+            errors.append(_errors(other[:, tiles.video] - full, values))
         squared, absolute = torch.stack(errors, 1).tolist()  # the one wait of a searched call
         step, layer = _step_and_layer(context)
         run = context.run_state.setdefault(RUN, {})
@@ -246,7 +247,7 @@ class Search(_SlidingTiles):
                 layer=layer,
                 num_layers=context.num_layers,
                 branch=context.branch,
-                first_head=config.first_head or 0,
+                first_head=context.first_head or 0,
                 tile=config.tile_size,
                 tiles=tiles.tile_grid,
                 candidates=self.candidates(tiles.tile_grid),

@@ -64,12 +64,6 @@ class StaConfig(ScheduledConfig):
         (6, 8, 8),
         description="Tokens of a tile along [t, h, w]. Smaller tiles suit small grids.",
     )
-    first_head: int | None = Field(
-        None,
-        ge=0,
-        description="Number of the call's first head in the strategy, where a call has only some "
-        "of the model's heads, as under Ulysses parallelism.",
-    )
     search_output_path: str | None = Field(
         None,
         min_length=1,
@@ -119,6 +113,4 @@ class StaConfig(ScheduledConfig):
                 "window_size is one window for all heads, mask_strategy_file_path has one for each "
                 "of them: give one of window_size and mask_strategy_file_path"
             )
-        if self.window_size is not None and self.first_head is not None:
-            raise ValueError("first_head tells heads apart, and window_size is the same for all")
         return self

@@ -91,7 +91,7 @@ class Strategy:
             raise ConfigError(
                 f"{self.source} is for {self.heads} heads, and the call has {heads}; a call with "
                 "some of the model's heads says which one is its first",
-                hint="first_head=..." if heads < self.heads else None,
+                hint="polyattn.forward_context(first_head=...)" if heads < self.heads else None,
             )
         if first_head is not None and first_head + heads > self.heads:
             raise ConfigError(

@@ -1,9 +1,11 @@
 """A video cut into tiles, and which of them each tile sees, in the form block-sparse kernels take.
 
-Tokens are moved tile by tile into rows, so that a tile (or as many tokens of text) is a run of rows
-with its tokens first; the rows are cut into blocks of one power of two, 128 for the usual tile of
-6 x 8 x 8 = 384. Blocks without a token are in nobody's list, which is what makes ragged edges
-cheap. Everything that depends on no tensor is computed once for each grid, window and device.
+Keys and values are moved tile by tile into rows, so that a tile (or as many tokens of text) is a
+run of rows with its tokens first; the rows are cut into blocks of one power of two, 128 for the
+usual tile of 6 x 8 x 8 = 384. Blocks without a token are in nobody's list, which is what makes
+ragged edges cheap. Queries have the same rows, but stay where they are, and so do results: a plan
+says which row is which token. Everything that depends on no tensor is computed once for each grid,
+window and device.
 """
 
 from __future__ import annotations
@@ -87,8 +89,6 @@ class Tiles:
         self.parts = self.rows // self.block
         self.length = self.tiling.num_blocks * self.rows
         self.slot_tokens = self._widened(self.tiling.slot_tokens)
-        slots = self.tiling.slots
-        self.slots = slots // self.tiling.block * self.rows + slots % self.tiling.block
 
         tokens = self.tiling.lengths[0, 0].cpu().long()
         self.query_sizes = self._cut(tokens)
@@ -97,43 +97,25 @@ class Tiles:
         self.key_lengths = self._lengths(self.key_sizes)
 
     @property
-    def video_rows(self) -> slice:
-        """The rows of the tiles."""
-        blocks = self.tiling.tile_blocks
-        return slice(blocks.start * self.rows, blocks.stop * self.rows)
+    def video(self) -> slice:
+        """The tokens of the grid."""
+        return slice(self.tiling.text_before, self.tiling.length - self.tiling.text_after)
 
     def arrange(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sequence: VideoSequence,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """q, k and v ``[B, S, H, D]`` in rows ``[B, R, H, D]``, and the key lengths of the plan.
+        self, k: torch.Tensor, v: torch.Tensor, sequence: VideoSequence
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """k and v ``[B, S, H, D]`` in rows ``[B, R, H, D]``, and the key lengths of the plan.
 
         Hidden keys go behind the visible ones of their tile, where no length reaches.
         """
         key_tokens, key_lengths = self.slot_tokens, self.key_lengths
         if sequence.visible is not None:
-            visible = sequence.visible_keys(q.device)
+            visible = sequence.visible_keys(k.device)
             assert visible is not None
             key_tokens, tokens = self.tiling.visible_first(visible)
             key_tokens = self._widened(key_tokens)
             key_lengths = self._cut(tokens).int()
-        return (
-            gather_tokens(q, self.slot_tokens),
-            gather_tokens(k, key_tokens),
-            gather_tokens(v, key_tokens),
-            key_lengths,
-        )
-
-    def restore(self, out: torch.Tensor) -> torch.Tensor:
-        """Rows ``[B, R, H, D]`` back as tokens ``[B, S, H, D]``."""
-        return gather_tokens(out, self.slots)
-
-    def restore_lse(self, lse: torch.Tensor) -> torch.Tensor:
-        """``[B, H, R]`` as ``[B, H, S]``."""
-        return lse.index_select(2, self.slots[0, 0])
+        return gather_tokens(k, key_tokens), gather_tokens(v, key_tokens), key_lengths
 
     def _widened(self, slot_tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of the rows ``[B|1, 1, M * tile]`` with each tile's rows filled up by padding."""
@@ -214,13 +196,14 @@ class WindowPlans:
     def _plan(self, counts: torch.Tensor, indices: torch.Tensor) -> BlockSparsePlan:
         tiles = self.tiles
         return BlockSparsePlan(
-            query_length=tiles.length,
+            query_length=tiles.tiling.length,
             key_length=tiles.length,
             query_block=tiles.block,
             key_block=tiles.block,
             key_counts=counts,
             key_indices=indices,
             query_lengths=tiles.query_lengths,
+            query_permutation=tiles.slot_tokens,
             key_lengths=tiles.key_lengths,
         )
 
@@ -234,7 +217,7 @@ def attend(
     scale: float,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of what :meth:`Tiles.arrange` gave, by a plan of the same tiles."""
+    """Attention of queries to what :meth:`Tiles.arrange` gave, by a plan of the same tiles."""
     if key_lengths is not plan.key_lengths:
         plan = replace(plan, key_lengths=key_lengths)
     result = block_sparse_attention(q, k, v, plan, scale=scale, return_lse=return_lse)

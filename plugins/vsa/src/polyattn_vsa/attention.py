@@ -35,6 +35,7 @@ from polyattn_kernels import (
     select_top_k,
     which_provider,
 )
+from polyattn_kernels.pooling import gather_and_pool
 from polyattn_kernels.tiling import tiling
 from polyattn_vsa.config import VsaConfig
 
@@ -86,35 +87,34 @@ class VsaAttention:
         video = video_sequence(q, k, call)
         gate = call.extras.get("gate")
         has_coarse = self.config.has_coarse_branch(gate is not None)
-        layout = _layout(video, q.device)
+        layout, heads = _layout(video, q.device), q.shape[2]
         tiles = len(layout.tiling.tile_blocks)
         kept = min(max(math.ceil((1 - self.config.sparsity) * tiles), 1), tiles)
 
-        padded_q, padded_k, padded_v = (gather_tokens(x, layout.slot_tokens) for x in (q, k, v))
         coarse = selection = None
-        if has_coarse or kept < tiles:
-            scores = _scores(padded_q, padded_k, layout, call.scale)
-            if has_coarse:
-                coarse = _coarse_branch(scores, padded_v, layout)
+        scored = has_coarse or kept < tiles
+        means_q = _tile_means(q, layout) if scored else None
+        padded_k, means_k = _arrange(k, layout, pooled=scored)
+        padded_v, means_v = _arrange(v, layout, pooled=has_coarse)
+        if means_q is not None and means_k is not None:
+            scores = (means_q * call.scale) @ _per_query_head(means_k, heads).transpose(-1, -2)
+            if means_v is not None:
+                coarse = _coarse_branch(scores, _per_query_head(means_v, heads), layout, v.dtype)
             if kept < tiles:
                 selection = _select(scores, kept, layout)
         plan = layout.full_plan() if selection is None else _sparse_plan(selection, layout)
-        fine, lse = _attend(padded_q, padded_k, padded_v, plan, call)
-        if selection is not None and layout.text_rows is not None:
-            _attend_text(fine, lse, padded_q, padded_k, padded_v, layout, call)
-
-        out = gather_tokens(fine, layout.slots)
+        out, lse = _attend(q, padded_k, padded_v, plan, call)
+        if selection is not None and layout.text is not None:
+            _attend_text(out, lse, q, padded_k, padded_v, layout, call)
         if coarse is not None:
             _add_coarse(out, coarse, gate, layout)
         call.facts = {
             "density": 1.0 if selection is None else plan.density() + video.text / video.length,
             "kept": f"{kept} of {tiles} tiles",
             "coarse_branch": _coarse_words(self.config, gate is not None),
-            "provider": which_provider(plan, padded_q, padded_k, padded_v).name,
+            "provider": which_provider(plan, q, padded_k, padded_v).name,
         }
-        if lse is None:
-            return out
-        return out, lse.gather(-1, layout.slots.long().expand(*lse.shape[:2], -1))
+        return out if lse is None else (out, lse)
 
 
 # --- where tokens lie -----------------------------------------------------------------------------
@@ -124,14 +124,14 @@ class VsaAttention:
 class Layout:
     """The padded layout of one sequence: every tile and every 64 tokens of text take 64 rows.
 
-    A block's visible tokens come first, then its hidden ones, then rows that are no tokens.
+    A block's visible tokens come first, then its hidden ones, then rows that are no tokens. Keys
+    and values are moved into the layout; queries and results stay where they are, and a plan says
+    which row is which token.
     """
 
     tiling: Tiling
     slot_tokens: torch.Tensor
     """int32 ``[B|1, 1, rows]``: the token in each row, -1 for none."""
-    slots: torch.Tensor
-    """int32 ``[B|1, 1, S]``: the row of each token."""
     visible: torch.Tensor | None
     """int32 ``[B|1, 1, blocks]``: visible tokens of each block; None: every row of every block."""
     may_be_empty: bool
@@ -142,16 +142,12 @@ class Layout:
         return self.tiling.padded_length
 
     @property
-    def tile_rows(self) -> slice:
-        """The rows of the video's tiles."""
-        blocks = self.tiling.tile_blocks
-        return slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-
-    @property
-    def text_rows(self) -> slice | None:
-        """The rows of the text, which lies on one side of the video; None without text."""
-        blocks = self.tiling.text_before_blocks or self.tiling.text_after_blocks
-        return slice(blocks.start * BLOCK, blocks.stop * BLOCK) if blocks else None
+    def text(self) -> slice | None:
+        """The tokens of the text, which lies on one side of the video; None without text."""
+        before, after = self.tiling.text_before, self.tiling.text_after
+        if not before and not after:
+            return None
+        return slice(0, before) if before else slice(self.tiling.length - after, None)
 
     @property
     def visible_of_tiles(self) -> torch.Tensor | None:
@@ -165,27 +161,30 @@ class Layout:
         return None if self.rows == self.tiling.length else self.tiling.lengths
 
     def geometry(self) -> dict[str, Any]:
-        """How a plan of all rows is cut into blocks."""
+        """How a plan of all tokens is cut into blocks."""
         return {
-            "query_length": self.rows,
+            "query_length": self.tiling.length,
             "key_length": self.rows,
             "query_block": BLOCK,
             "key_block": BLOCK,
             "query_lengths": self.lengths,
             "key_lengths": self.visible,
+            "query_permutation": self.slot_tokens,
         }
 
     def full_plan(self) -> BlockSparsePlan:
         """Everybody sees everything that is visible."""
-        return BlockSparsePlan.full(device=self.slots.device, **self.geometry())
+        return BlockSparsePlan.full(device=self.slot_tokens.device, **self.geometry())
 
-    def text_plan(self, rows: slice) -> BlockSparsePlan:
-        """The queries of these rows see everything that is visible."""
-        geometry = {**self.geometry(), "query_length": rows.stop - rows.start}
-        if self.lengths is not None:
-            blocks = slice(rows.start // BLOCK, rows.stop // BLOCK)
-            geometry["query_lengths"] = self.lengths[..., blocks].contiguous()
-        return BlockSparsePlan.full(device=self.slots.device, **geometry)
+    def text_plan(self) -> BlockSparsePlan:
+        """The queries of the text see everything that is visible."""
+        geometry = {
+            **self.geometry(),
+            "query_length": self.tiling.text_before + self.tiling.text_after,
+            "query_lengths": None,
+            "query_permutation": None,
+        }
+        return BlockSparsePlan.full(device=self.slot_tokens.device, **geometry)
 
 
 def _layout(video: VideoSequence, device: torch.device) -> Layout:
@@ -200,12 +199,7 @@ def _layout(video: VideoSequence, device: torch.device) -> Layout:
     shown = video.visible_keys(device)
     assert shown is not None
     slot_tokens, visible = built.visible_first(shown)
-    # The inverse. Rows that are no tokens go to a column that is cut off.
-    tokens = slot_tokens.where(slot_tokens >= 0, built.length).long()
-    rows = torch.arange(built.padded_length, dtype=torch.int32, device=device)
-    slots = rows.new_empty(*tokens.shape[:-1], built.length + 1)
-    slots = slots.scatter_(-1, tokens, rows.expand_as(tokens))[..., : built.length]
-    return Layout(built, slot_tokens, slots, visible, may_be_empty=True)
+    return Layout(built, slot_tokens, visible, may_be_empty=True)
 
 
 @lru_cache(maxsize=64)
@@ -225,18 +219,44 @@ def _static_layout(
         visible[..., blocks.start : blocks.stop] = (valid_text - starts).clamp(0, BLOCK)
     elif built.padded_length == built.length:
         visible = None
-    return Layout(built, built.slot_tokens, built.slots, visible, may_be_empty=False)
+    return Layout(built, built.slot_tokens, visible, may_be_empty=False)
 
 
 # --- the two branches -----------------------------------------------------------------------------
 
 
-def _tile_means(padded: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _arrange(
+    x: torch.Tensor, layout: Layout, *, pooled: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x in padded rows, and the means of :func:`_tile_means`, if asked, in the same pass."""
+    if not pooled:
+        return gather_tokens(x, layout.slot_tokens), None
+    rows, means = gather_and_pool(
+        x, layout.slot_tokens, block=BLOCK, lengths=layout.visible, dtype=_precise(x)
+    )
+    return rows, _of_tiles(means, layout)
+
+
+def _tile_means(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The mean of each tile's visible tokens, ``[B, H, tiles, D]``, 0 for a tile without any."""
-    dtype = torch.float64 if padded.dtype is torch.float64 else torch.float32
-    rows = padded[:, layout.tile_rows]
-    means, _ = pool_blocks(rows, block=BLOCK, lengths=layout.visible_of_tiles, dtype=dtype)
-    return means.transpose(1, 2)
+    means, _ = pool_blocks(
+        x,
+        block=BLOCK,
+        lengths=layout.visible,
+        permutation=layout.slot_tokens,
+        dtype=_precise(x),
+    )
+    return _of_tiles(means, layout)
+
+
+def _of_tiles(means: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Of all blocks' means ``[B, blocks, H, D]`` those of the tiles, ``[B, H, tiles, D]``."""
+    blocks = layout.tiling.tile_blocks
+    return means[:, blocks.start : blocks.stop].transpose(1, 2)
+
+
+def _precise(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _per_query_head(means: torch.Tensor, heads: int) -> torch.Tensor:
@@ -245,13 +265,9 @@ def _per_query_head(means: torch.Tensor, heads: int) -> torch.Tensor:
     return means if shared == 1 else means.repeat_interleave(shared, dim=1)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """How each tile scores every other, ``[B, H, tiles, tiles]``; q and k are padded."""
-    means_k = _per_query_head(_tile_means(k, layout), q.shape[2])
-    return (_tile_means(q, layout) * scale) @ means_k.transpose(-1, -2)
-
-
-def _coarse_branch(scores: torch.Tensor, padded_v: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _coarse_branch(
+    scores: torch.Tensor, means_v: torch.Tensor, layout: Layout, dtype: torch.dtype
+) -> torch.Tensor:
     """One vector for each tile, ``[B, tiles, H, D]`` in v's dtype.
 
     Every tile weighs the same, however many tokens it has.
@@ -261,8 +277,7 @@ def _coarse_branch(scores: torch.Tensor, padded_v: torch.Tensor, layout: Layout)
         empty = (layout.visible_of_tiles == 0).unsqueeze(2)
         # Not -inf: where all tiles are empty, their values, which are zeros, are averaged.
         scores = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-    means_v = _per_query_head(_tile_means(padded_v, layout), scores.shape[1])
-    return (scores.softmax(-1) @ means_v).transpose(1, 2).to(padded_v.dtype)
+    return (scores.softmax(-1) @ means_v).transpose(1, 2).to(dtype)
 
 
 def _select(scores: torch.Tensor, kept: int, layout: Layout) -> BlockSelection:
@@ -299,7 +314,7 @@ def _attend(
 
 
 def _attend_text(
-    fine: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -307,16 +322,15 @@ def _attend_text(
     layout: Layout,
     call: AttentionCall,
 ) -> None:
-    """Write the dense attention of text queries into their rows of ``fine`` and ``lse``.
+    """Write the dense attention of text queries into their places in ``out`` and ``lse``.
 
     On its own, because in one plan with the tiles every list would have room for all blocks.
     """
-    rows = layout.text_rows
-    assert rows is not None
-    out, text_lse = _attend(q[:, rows], k, v, layout.text_plan(rows), call)
-    fine[:, rows] = out
+    text = layout.text
+    assert text is not None
+    out[:, text], text_lse = _attend(q[:, text], k, v, layout.text_plan(), call)
     if lse is not None and text_lse is not None:
-        lse[..., rows] = text_lse
+        lse[..., text] = text_lse
 
 
 def _add_coarse(

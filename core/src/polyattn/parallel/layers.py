@@ -1,0 +1,496 @@
+"""Attention layers for a sequence that is spread over processes.
+
+A layer is called on every rank with that rank's shard, and checks what it can before anything is
+sent; what one rank refuses, the others refuse as well where they would otherwise wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from polyattn.context import ForwardContext, current_context, entered
+from polyattn.contract import default_scale
+from polyattn.dispatch import Output, attend, decide
+from polyattn.errors import BackendUnavailableError, InputError, ParallelError, PolyattnError
+from polyattn.inputs import view_mask
+from polyattn.layers import LocalAttention
+from polyattn.parallel.agreement import agree, environment_facts, exchange_headers, fingerprint
+from polyattn.parallel.collectives import Layout, head_shares, to_heads, to_sequence
+from polyattn.parallel.mesh import SequenceGroups, sequence_groups
+from polyattn.parallel.ring import RingLayout, ring_attention
+from polyattn.selection import asked_for, local_environment
+
+__all__ = ["USPAttention", "UlyssesAttention"]
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class USPAttention(LocalAttention):
+    """Attention over shards ``[B, S_local, H, D]`` of a sequence: Ulysses, ring, or both.
+
+    ``mesh`` has the dimensions ``"ring"`` and ``"ulysses"`` (:func:`~polyattn.parallel.
+    sequence_mesh`); None is the default process group, all of it Ulysses; 1 x 1 is
+    :class:`~polyattn.LocalAttention`, without any communication. The other arguments are those of
+    :class:`~polyattn.LocalAttention`.
+
+    Within a Ulysses group every rank computes some heads over the whole sequence. Around a ring,
+    keys and values travel and queries stay, which takes a backend that returns a log-sum-exp; a
+    method on a video's token grid needs the whole sequence and is refused there. The grid and the
+    text of a forward context are those of the whole video.
+
+    Not for ``torch.compile(fullgraph=True)`` with more than one process: the graph breaks here.
+    """
+
+    _ring = True
+
+    def __init__(
+        self,
+        backend: str | None = None,
+        *,
+        mesh: Any = None,
+        config: Any = None,
+        role: str = "self",
+        layer: int | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        required_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            backend, config=config, role=role, layer=layer, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, required_backend=required_backend,
+        )  # fmt: skip
+        self._mesh = mesh
+        self._groups: SequenceGroups | None = None
+        self._agreed: set[Any] = set()
+        self._together = self._in_parallel
+        self.groups  # noqa: B018 - says at once what is wrong with the mesh
+
+    def extra_repr(self) -> str:
+        groups = self.groups
+        degrees = f"ulysses_degree={groups.ulysses.size}, ring_degree={groups.ring.size}"
+        return f"{super().extra_repr()}, {degrees}"
+
+    @property
+    def groups(self) -> SequenceGroups:
+        """The processes that share the sequence; looked up when first needed."""
+        if self._groups is None:
+            groups = sequence_groups(self._mesh, ring=self._ring)
+            if self._mesh is None and groups.size == 1:
+                return groups  # a process group may come later
+            self._groups = groups
+            if groups.size > 1:
+                self._together = torch.compiler.disable(self._in_parallel)
+        return self._groups
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        attn_mask: torch.Tensor | None = None,
+        return_lse: bool = False,
+        extras: Mapping[str, torch.Tensor] | None = None,
+        prefix: Tensors | None = None,
+        suffix: Tensors | None = None,
+        keys_replicated: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> Any:
+        """Attention of this rank's shard of queries over the whole sequence.
+
+        ``q`` is ``[B, S_local, H, D]``, k and v ``[B, S_local, Hkv, D]``; shards may differ in
+        length. ``lengths`` are those of all ranks in order; without it they are asked for in every
+        call. ``attn_mask`` is the mask of the whole sequence, the same on every rank. ``extras``
+        are shards like q.
+
+        ``prefix`` or ``suffix`` are q, k and v ``[B, L, H, D]`` of tokens that every rank holds in
+        full (text), before or after the sequence; their result is the same on every rank.
+        ``keys_replicated`` says that k and v are whole on every rank, as in cross-attention:
+        nothing is sent then.
+
+        Returns out ``[B, S_local, H, D]``, with ``return_lse`` (out, lse ``[B, H, S_local]``); with
+        replicated tokens that and the same of the tokens, as a pair. Gradients of replicated tokens
+        are each rank's share; their sum is the gradient.
+
+        Raises:
+            InputError: for shards or arguments that do not fit.
+            ParallelError: where ranks disagree, or another rank failed.
+            BackendUnavailableError: for a backend that cannot serve this, as everywhere.
+        """
+        groups = self._groups or self.groups
+        replicated = prefix is not None or suffix is not None
+        if groups.size > 1 and not keys_replicated:
+            return self._together(q, k, v, attn_mask, return_lse, extras, prefix, suffix, lengths)
+        if replicated and keys_replicated:
+            raise InputError("keys_replicated goes with neither prefix nor suffix")
+        if replicated:
+            return self._joined_here(q, k, v, attn_mask, return_lse, extras, prefix, suffix)
+        if keys_replicated and q.shape[1] == 0:
+            return _empty(q, return_lse)
+        return super().forward(q, k, v, attn_mask=attn_mask, return_lse=return_lse, extras=extras)
+
+    # --- one process ------------------------------------------------------------------------------
+
+    def _joined_here(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+        return_lse: bool, extras: Mapping[str, torch.Tensor] | None, prefix: Tensors | None,
+        suffix: Tensors | None,
+    ) -> Any:  # fmt: skip
+        _check_replicated(q, k, v, prefix, suffix, self.is_causal, extras)
+        own = [(q, k, v)]
+        whole = [torch.cat(each, 1) for each in zip(*filter(None, (prefix, *own, suffix)),
+                                                    strict=True)]  # fmt: skip
+        result = super().forward(*whole, attn_mask=mask, return_lse=return_lse)
+        first = prefix[0].shape[1] if prefix is not None else 0
+        return _apart(result, first, q.shape[1], return_lse)
+
+    # --- several processes ------------------------------------------------------------------------
+
+    def _checked(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+        return_lse: bool, extras: Mapping[str, torch.Tensor] | None, prefix: Tensors | None,
+        suffix: Tensors | None, lengths: Sequence[int] | None,
+    ) -> _Call:  # fmt: skip
+        """What the ranks have to know of each other, after all of them found nothing wrong."""
+        groups = self.groups
+        error: PolyattnError | None = None
+        try:
+            _check_shard(q, k, v, extras)
+            _check_replicated(q, k, v, prefix, suffix, self.is_causal, extras)
+        except PolyattnError as problem:
+            error = problem
+        context = current_context()
+        if error is None:
+            kind: tuple[Any, ...] = (
+                self._site_text, self.is_causal, self.scale, self.enable_gqa, return_lse,
+                q.shape[0], *q.shape[2:], k.shape[2], str(q.dtype), q.device.type,
+                None if mask is None else (tuple(mask.shape), str(mask.dtype)),
+                [None if each is None else each[0].shape[1] for each in (prefix, suffix)],
+                sorted(extras or ()),
+                None if context is None else (context.role, context.grid, context.text),
+                torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)),
+            )  # fmt: skip
+        if lengths is None:
+            header = [0, 0, 0] if error is not None else [1, q.shape[1], fingerprint(kind)]
+            rows = exchange_headers(groups, header)
+            if error is not None:
+                raise error
+            _check_headers(rows, header, groups)
+            lengths = [row[1] for row in rows]
+        elif error is not None:
+            raise error
+        lengths = tuple(lengths)
+        if len(lengths) != groups.size or lengths[groups.index] != q.shape[1]:
+            raise InputError(
+                f"lengths has the tokens of {groups.size} shards, and this rank's (number "
+                f"{groups.index}) is {q.shape[1]}; found {lengths}"
+            )
+        if not sum(lengths):
+            raise InputError("all shards of the sequence are empty")
+        call = _Call(
+            self,
+            q,
+            k,
+            v,
+            mask,
+            return_lse,
+            dict(sorted((extras or {}).items())),
+            prefix,
+            suffix,
+            lengths,
+        )
+        if (kind_key := (repr(kind), lengths)) not in self._agreed:
+            agree(groups, call.decision)
+            self._agreed.add(kind_key)
+        return call
+
+    def _in_parallel(self, *arguments: Any) -> Any:
+        call = self._checked(*arguments)
+        q, k, v, *more = call.whole()
+        context = call.context()
+        groups = self.groups
+        with entered(context) if context is not None else contextlib.nullcontext():
+            if groups.ring.size > 1:
+                result: Any = self._around(call, q, k, v)
+            elif not q.shape[2]:  # fewer heads than ranks, and none is left for this one
+                result = (q, q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32))
+            else:
+                extras = dict(zip(call.extras, more, strict=True))
+                result = attend(
+                    self._site, q, k, v, call.own_mask(), self.is_causal, self.scale,
+                    q.shape[2] != k.shape[2], call.return_lse, extras,
+                )  # fmt: skip
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        return call.apart(out, lse if call.return_lse else None)
+
+    def _around(self, call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        def attend_part(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+            is_causal: bool,
+        ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+            result = attend(
+                self._site, q, k, v, mask, is_causal, self.scale, q.shape[2] != k.shape[2], True
+            )
+            assert isinstance(result, tuple)
+            return result
+
+        scale = self.scale if self.scale is not None else default_scale(q.shape[3])
+        return ring_attention(
+            q, k, v, call.ring, attend_part if q.shape[2] else _nothing, mask=call.own_mask(),
+            is_causal=self.is_causal, scale=scale,
+        )  # fmt: skip
+
+
+class UlyssesAttention(USPAttention):
+    """Attention over shards of a sequence by exchanging sequence for heads.
+
+    ``mesh`` is a process group, a device mesh of one dimension, or None for the default group. See
+    :class:`USPAttention` for everything else.
+    """
+
+    _ring = False
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One checked call: this rank's tensors, and how the sequence is shared out."""
+
+    layer: USPAttention
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    return_lse: bool
+    extras: dict[str, torch.Tensor]
+    prefix: Tensors | None
+    suffix: Tensors | None
+    lengths: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        return 0 if self.prefix is None else self.prefix[0].shape[1]
+
+    @property
+    def last(self) -> int:
+        return 0 if self.suffix is None else self.suffix[0].shape[1]
+
+    @property
+    def layout(self) -> Layout:
+        """Of q, k, v and the extra tensors within the Ulysses group."""
+        groups = self.layer.groups
+        queries, keys = head_shares(self.q.shape[2], self.k.shape[2], groups.ulysses.size)
+        shares = (queries, keys, keys, *([queries] * len(self.extras)))
+        return Layout(groups.ulysses, groups.own(self.lengths), shares)
+
+    @property
+    def ring(self) -> RingLayout:
+        groups = self.layer.groups
+        return RingLayout(groups.ring, groups.parts(self.lengths), self.first, self.last)
+
+    def whole(self) -> tuple[torch.Tensor, ...]:
+        """This rank's heads of q, k, v and extras over its Ulysses group's part, tokens joined."""
+        tensors = (self.q, self.k, self.v, *self.extras.values())
+        if self.layer.groups.ulysses.size > 1:
+            return to_heads(tensors, self.layout, before=self.prefix or (), after=self.suffix or ())
+        if self.prefix is None and self.suffix is None:
+            return tensors
+        joined = zip(*filter(None, (self.prefix, tensors, self.suffix)), strict=True)
+        return tuple(torch.cat(each, 1) for each in joined)
+
+    def apart(self, out: torch.Tensor, lse: torch.Tensor | None) -> Any:
+        """What goes back to the shards, and what belongs to the replicated tokens."""
+        results = [out] if lse is None else [out, lse.transpose(1, 2).unsqueeze(-1)]
+        layout, first = self.layout.of(0), self.first
+        stop = first + layout.length
+        spread = layout.group.size > 1
+        own, tokens = [], []
+        for each in results:
+            part = each[:, first:stop]
+            own.append(to_sequence([part], layout)[0] if spread else part)
+            if self.first or self.last:
+                rows = torch.cat([each[:, :first], each[:, stop:]], 1)
+                if spread:  # to every rank the same rows
+                    size = layout.group.size
+                    everyone = replace(layout, lengths=(rows.shape[1],) * size)
+                    rows = to_sequence([torch.cat([rows] * size, 1)], everyone)[0]
+                tokens.append(rows)
+        if not tokens:
+            return _result(own)
+        return _result(own), _result(tokens)
+
+    def own_mask(self) -> torch.Tensor | None:
+        """The mask as four dimensions, for this rank's heads."""
+        if self.mask is None:
+            return None
+        batch, length = self.q.shape[0], self.first + sum(self.lengths) + self.last
+        like = self.q.new_empty(1).expand(batch, length, self.q.shape[2], self.q.shape[3])
+        mask = view_mask(self.mask, like, like)
+        heads = self.layout.heads[0][self.layout.group.rank]
+        if mask.shape[1] == 1 or not heads:
+            return mask
+        return mask[:, heads[0] : heads[0] + len(heads)]
+
+    def context(self) -> ForwardContext | None:
+        """The forward context, with the place of this rank's heads."""
+        context = current_context()
+        if context is None:
+            return None
+        groups = self.layer.groups
+        if groups.ring.size > 1:
+            # A part of the sequence has no grid: who needs one has been refused.
+            context = replace(context, grid=None, text=None)
+        if groups.ulysses.size == 1:
+            return context
+        heads = self.layout.heads[0][groups.ulysses.rank]
+        return replace(context, first_head=(context.first_head or 0) + (heads[0] if heads else 0))
+
+    def decision(self) -> dict[str, str]:
+        """What this rank would run, in words that are equal where it is the same."""
+        layer, groups = self.layer, self.layer.groups
+        if layer.is_causal and (self.first or self.last):
+            raise InputError("causal attention takes no replicated tokens: their place is unclear")
+        if groups.ring.size > 1:
+            self._refuse_grid_methods()
+            if self.extras:
+                raise InputError(f"around a ring no extra tensors travel; found {[*self.extras]}")
+        layout = self.layout
+        # Ranks with one head more or less, or none, decide alike: the first rank's heads count.
+        queries, keys = (len(layout.heads[i][0]) for i in (0, 1))
+        length = self.first + layout.length + self.last
+        # The ring has a gradient of its own.
+        grad = torch.is_grad_enabled() and self.q.requires_grad and groups.ring.size == 1
+
+        def like(x: torch.Tensor, heads: int) -> torch.Tensor:
+            whole = x.new_empty(1).requires_grad_(grad)
+            return whole.expand(x.shape[0], max(1, length), heads, x.shape[3])
+
+        mask = self.ring.mask_for(self.own_mask(), groups.ring.rank)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, :1].expand(-1, queries, -1, -1)
+        context = self.context()
+        with entered(replace(context, first_head=0)) if context else contextlib.nullcontext():
+            found = decide(
+                layer._site, like(self.q, queries), like(self.k, keys), like(self.v, keys), mask,
+                layer.is_causal, layer.scale, queries != keys,
+                self.return_lse or groups.ring.size > 1,
+                {name: like(self.q, queries) for name in self.extras} or None,
+            )  # fmt: skip
+        parts = [found] if found.dense is None else [found, found.dense]
+        return {
+            "backend": " and ".join(each.chosen for each in parts),
+            "parameters": " and ".join(repr(sorted(each.parameters.items())) for each in parts),
+            **environment_facts(local_environment(str(self.q.device))),
+        }
+
+    def _refuse_grid_methods(self) -> None:
+        site = self.layer._site
+        role = site.role or "self"
+        spec = asked_for(site.backend or site.required_backend, role, site.scope)
+        if spec is not None and spec.capabilities.needs_grid and role == "self":
+            raise BackendUnavailableError(
+                f"{spec.name} picks keys on the whole token grid, and around a ring a rank sees "
+                "a part of it at a time",
+                hint="all processes as Ulysses: polyattn.UlyssesAttention(), or --ring-degree 1",
+            )
+
+
+def _check_shard(q: Any, k: Any, v: Any, extras: Mapping[str, torch.Tensor] | None) -> None:
+    """What has to hold on each rank alone; an empty shard is fine."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+            found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+            raise InputError(f"{name} is a shard [B, S_local, H, D] of a tensor, found {found}")
+    if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and k.shape == v.shape):
+        raise InputError(
+            f"q, k and v of a shard have the same tokens: q {list(q.shape)}, k {list(k.shape)}, "
+            f"v {list(v.shape)}",
+            hint="keys_replicated=True, where k and v are whole on every rank (cross-attention)",
+        )
+    if q.shape[2] % max(1, k.shape[2]) or not k.shape[2] or q.shape[3] != k.shape[3]:
+        raise InputError(f"the heads of q and k do not fit: q {list(q.shape)}, k {list(k.shape)}")
+    if not (q.dtype is k.dtype is v.dtype and q.device == k.device == v.device):
+        raise InputError(
+            f"q, k and v share dtype and device, found {q.dtype} on {q.device}, {k.dtype} on "
+            f"{k.device}, {v.dtype} on {v.device}"
+        )
+    for name, tensor in (extras or {}).items():
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != q.shape:
+            found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+            raise InputError(
+                f"extras[{name!r}] is a shard like q, {list(q.shape)}, to travel with it; found "
+                f"{found}"
+            )
+
+
+def _check_replicated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: Tensors | None,
+    suffix: Tensors | None, is_causal: bool, extras: Mapping[str, torch.Tensor] | None,
+) -> None:  # fmt: skip
+    for name, tokens in (("prefix", prefix), ("suffix", suffix)):
+        if tokens is None:
+            continue
+        if not isinstance(tokens, (tuple, list)) or len(tokens) != 3:
+            raise InputError(f"{name} is the tokens' q, k and v, found {type(tokens).__name__}")
+        for own, shard in zip(tokens, (q, k, v), strict=True):
+            fits = isinstance(own, torch.Tensor) and own.dim() == 4
+            if not fits or (own.shape[0], *own.shape[2:]) != (shard.shape[0], *shard.shape[2:]):
+                found = list(own.shape) if isinstance(own, torch.Tensor) else type(own)
+                raise InputError(
+                    f"{name} has the batch, heads and head dimension of the shards, "
+                    f"{list(shard.shape)}; found {found}"
+                )
+        if len({each.shape[1] for each in tokens}) > 1:
+            raise InputError(f"q, k and v of {name} have the same tokens")
+        if extras:
+            raise InputError(f"{name} goes with no extra tensors: the tokens have none")
+        if is_causal:
+            raise InputError("causal attention takes no replicated tokens: their place is unclear")
+
+
+def _check_headers(
+    rows: Sequence[Sequence[int]], own: Sequence[int], groups: SequenceGroups
+) -> None:
+    failed = [index for index, row in enumerate(rows) if not row[0]]
+    if failed:
+        raise ParallelError(
+            f"rank {failed[0]} of {groups.size} refused its shard, so this one "
+            f"(rank {groups.index}) stops as well",
+            hint="the reason is in the error of that rank",
+        )
+    different = [index for index, row in enumerate(rows) if row[2] != own[2]]
+    if different:
+        raise ParallelError(
+            f"rank {groups.index} and rank {different[0]} do not call the same attention: batch, "
+            "heads, head dimension, dtype, arguments, mask and forward context have to be equal"
+        )
+
+
+def _nothing(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return q, q.new_empty((q.shape[0], 0, q.shape[1]), dtype=torch.float32)
+
+
+def _empty(q: torch.Tensor, return_lse: bool) -> Output:
+    out = torch.empty_like(q)
+    return (out, _nothing(q)[1].new_empty((q.shape[0], q.shape[2], 0))) if return_lse else out
+
+
+def _apart(result: Output, first: int, length: int, return_lse: bool) -> Any:
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    results = [out] if lse is None or not return_lse else [out, lse.transpose(1, 2).unsqueeze(-1)]
+    stop = first + length
+    own = [each[:, first:stop] for each in results]
+    tokens = [torch.cat([each[:, :first], each[:, stop:]], 1) for each in results]
+    return _result(own), _result(tokens)
+
+
+def _result(parts: list[torch.Tensor]) -> Output:
+    """out, or (out, lse [B, H, S]) of what travelled as [B, S, H, 1]."""
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0], parts[1].squeeze(-1).transpose(1, 2)

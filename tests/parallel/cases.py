@@ -1,0 +1,473 @@
+"""What several processes check together: every case runs on all ranks, against one process.
+
+A case takes the number of ranks and raises where something is wrong. Tensors are drawn from a seed,
+so that every rank knows the whole sequence, and takes its own shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import polyattn
+from polyattn.environment import Environment
+from polyattn.errors import BackendUnavailableError, InputError, ParallelError
+from polyattn.parallel import agreement, layers, sequence_mesh, shard_lengths
+from polyattn.reporting import Report, reporting_to
+
+CASES: dict[str, Callable[[int], None]] = {}
+TIMEOUT = timedelta(seconds=60)
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def case(function: Callable[[int], None]) -> Callable[[int], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def drawn(
+    length: int = 24, heads: int = 4, kv_heads: int | None = None, *, batch: int = 1,
+    width: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0,
+) -> Tensors:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, length, h, width) for h in (heads, kv_heads or heads, kv_heads or heads)]
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def shards(tensors: Tensors, lengths: Any = None) -> Tensors:
+    """This rank's shards of whole tensors."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    lengths = lengths or shard_lengths(tensors[0].shape[1], ranks)
+    start = sum(lengths[:rank])
+    return tuple(x[:, start : start + lengths[rank]] for x in tensors)
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-9) -> None:
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
+
+
+def every_mesh(ranks: int) -> list[Any]:
+    """All ways to share out the ranks."""
+    degrees = [each for each in (1, 2, 4) if ranks % each == 0]
+    return [sequence_mesh(ulysses_degree=each, ring_degree=ranks // each) for each in degrees]
+
+
+def compared(
+    ranks: int, tensors: Tensors, *, lengths: Any = None, tolerance: float = 1e-9,
+    attn_mask: torch.Tensor | None = None, meshes: Any = None, **options: Any,
+) -> None:  # fmt: skip
+    """Every mesh against one process, result and log-sum-exp, inputs unharmed."""
+    whole, whole_lse = polyattn.attention(
+        *tensors, attn_mask=attn_mask, return_lse=True, backend="sdpa", **options
+    )
+    own = shards(tensors, lengths)
+    kept = [x.clone() for x in own]
+    for mesh in meshes or every_mesh(ranks):
+        layer = polyattn.USPAttention("sdpa", mesh=mesh, **options)
+        out, lse = layer(*own, attn_mask=attn_mask, return_lse=True)
+        exact = mesh["ring"].size() == 1  # parts are merged by a float32 log-sum-exp
+        same(out, *shards((whole,), lengths), tolerance if exact else max(tolerance, 2e-6))
+        wanted = shards((whole_lse.transpose(1, 2),), lengths)[0].transpose(1, 2)
+        same(lse, wanted, max(tolerance, 1e-5))
+        same(layer(*own, attn_mask=attn_mask), out, 1e-12)
+    for before, after in zip(kept, own, strict=True):
+        assert torch.equal(before, after)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@case
+def one_line(ranks: int) -> None:
+    tensors = drawn()
+    out = polyattn.UlyssesAttention()(*shards(tensors))
+    same(out, *shards((polyattn.attention(*tensors),)))
+
+
+@case
+def every_sharing(ranks: int) -> None:
+    compared(ranks, drawn(24, 4))
+
+
+@case
+def uneven_shards(ranks: int) -> None:
+    compared(ranks, drawn(23, 4, batch=2))
+    compared(ranks, drawn(9, 4), lengths=(1, 8) if ranks == 2 else (0, 5, 1, 3))
+    compared(ranks, drawn(3, 4), lengths=(3, 0) if ranks == 2 else (0, 0, 3, 0))
+
+
+@case
+def heads_that_do_not_divide(ranks: int) -> None:
+    for heads, kv_heads in ((5, 5), (1, 1), (3, 3), (6, 2), (6, 3), (8, 1), (12, 4)):
+        compared(ranks, drawn(10, heads, kv_heads), enable_gqa=heads != kv_heads)
+
+
+@case
+def masks(ranks: int) -> None:
+    tensors = drawn(22, 4, batch=2)
+    generator = torch.Generator().manual_seed(3)
+    padding = torch.rand(2, 22, generator=generator) > 0.4
+    padding[1, :11] = False
+    boolean = torch.rand(2, 4, 22, 22, generator=generator) > 0.5
+    boolean[:, :, 5] = False  # a query without keys
+    boolean[:, :, :, :6] = False
+    additive = torch.randn(1, 1, 22, 22, generator=generator).double()
+    for mask in (padding, padding[:, None, None], boolean, boolean[:1, :1], additive):
+        compared(ranks, tensors, attn_mask=mask)
+
+
+@case
+def causal_and_scale(ranks: int) -> None:
+    compared(ranks, drawn(21, 4), is_causal=True)
+    compared(ranks, drawn(20, 4), scale=0.7)
+    compared(ranks, drawn(20, 4), scale=-0.3)
+
+
+@case
+def dtypes_and_strides(ranks: int) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        compared(ranks, drawn(20, 4, dtype=dtype), tolerance=tolerance)
+    strided = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in drawn(20, 4, batch=2))
+    compared(ranks, strided)
+
+
+@case
+def replicated_tokens(ranks: int) -> None:
+    text, video = drawn(5, 6, 2, batch=2, seed=1), drawn(17, 6, 2, batch=2)
+    mask = torch.ones(2, 22, dtype=torch.bool)
+    mask[0, 2:4] = False
+    mask[1, 9:] = False
+    for at, order in (("prefix", (text, video)), ("suffix", (video, text))):
+        whole = tuple(torch.cat(each, 1) for each in zip(*order, strict=True))
+        for attn_mask in (None, mask):
+            wanted, wanted_lse = polyattn.attention(
+                *whole, enable_gqa=True, attn_mask=attn_mask, return_lse=True
+            )
+            first = 5 if at == "prefix" else 0
+            video_rows = slice(first, first + 17)
+            text_rows = slice(0, 5) if at == "prefix" else slice(17, None)
+            for mesh in every_mesh(ranks):
+                layer = polyattn.USPAttention(mesh=mesh, enable_gqa=True)
+                (out, lse), (words, words_lse) = layer(
+                    *shards(video), **{at: text}, attn_mask=attn_mask, return_lse=True
+                )
+                same(out, *shards((wanted[:, video_rows],)), 2e-6)
+                same(words, wanted[:, text_rows], 2e-6)
+                same(lse.transpose(1, 2), *shards((wanted_lse.transpose(1, 2)[:, video_rows],)),
+                     1e-5)  # fmt: skip
+                same(words_lse, wanted_lse[:, :, text_rows], 1e-5)
+                out, words = layer(*shards(video), **{at: text}, attn_mask=attn_mask)
+                same(out, *shards((wanted[:, video_rows],)), 2e-6)
+                same(words, wanted[:, text_rows], 2e-6)
+
+
+@case
+def replicated_keys(ranks: int) -> None:
+    q, _, _ = drawn(18, 4)
+    _, k, v = drawn(7, 4, seed=2)
+    for mesh in every_mesh(ranks):
+        layer = polyattn.USPAttention(mesh=mesh, role="cross")
+        out = layer(*shards((q,)), k, v, keys_replicated=True)
+        same(out, *shards((polyattn.attention(q, k, v),)))
+
+
+@case
+def declared_lengths(ranks: int) -> None:
+    tensors = drawn(19, 4)
+    lengths = shard_lengths(19, ranks)
+    layer = polyattn.UlyssesAttention()
+    wanted = shards((polyattn.attention(*tensors),))[0]
+    for _ in range(3):
+        same(layer(*shards(tensors), lengths=lengths), wanted)
+    assert len(layer._agreed) == 1
+
+
+@case
+def gradients(ranks: int) -> None:
+    for heads, kv_heads, is_causal in ((4, 4, False), (6, 2, False), (4, 1, True), (3, 3, False)):
+        whole = [x.requires_grad_() for x in drawn(11, heads, kv_heads, width=8)]
+        weight = drawn(11, heads, width=8, seed=5)[0]
+        options = {"enable_gqa": heads != kv_heads, "is_causal": is_causal}
+        wanted = torch.autograd.grad(
+            (polyattn.attention(*whole, backend="sdpa", **options) * weight).sum(), whole
+        )
+        for mesh in every_mesh(ranks):
+            own = [x.detach().clone().requires_grad_() for x in shards(tuple(whole))]
+            out = polyattn.USPAttention("sdpa", mesh=mesh, **options)(*own)
+            found = torch.autograd.grad((out * shards((weight,))[0]).sum(), own)
+            for one, other in zip(found, wanted, strict=True):
+                same(one, *shards((other,)), 2e-6)
+
+
+@case
+def gradients_with_masks_and_tokens(ranks: int) -> None:
+    text, video = drawn(3, 4, seed=1, width=8), drawn(9, 4, width=8)
+    mask = torch.rand(1, 4, 12, 12, generator=torch.Generator().manual_seed(7)) > 0.3
+    mask[:, :, 6] = False
+    whole = [torch.cat(each, 1).requires_grad_() for each in zip(text, video, strict=True)]
+    weight = drawn(12, 4, width=8, seed=5)[0]
+    out = polyattn.attention(*whole, backend="sdpa", attn_mask=mask)
+    wanted = torch.autograd.grad((out * weight).sum(), whole)
+    for mesh in every_mesh(ranks):
+        own = [x.clone().requires_grad_() for x in shards(video)]
+        words = [x.clone().requires_grad_() for x in text]
+        layer = polyattn.USPAttention("sdpa", mesh=mesh)
+        out, told = layer(*own, prefix=tuple(words), attn_mask=mask)
+        # Every rank has the text's result: each counts its share of it.
+        loss = (out * shards((weight[:, 3:],))[0]).sum() + (told * weight[:, :3]).sum() / ranks
+        found = torch.autograd.grad(loss, own + words)
+        for one, other in zip(found[:3], wanted, strict=True):
+            same(one, *shards((other[:, 3:],)), 2e-6)
+        for one, other in zip(found[3:], wanted, strict=True):
+            total = one.clone()
+            dist.all_reduce(total)
+            same(total, other[:, :3], 2e-6)
+
+
+@case
+def compiled_with_graph_breaks(ranks: int) -> None:
+    tensors = drawn(24, 4, dtype=torch.float32)
+    layer = polyattn.UlyssesAttention("sdpa")
+    compiled = torch.compile(lambda q, k, v: layer(q + 0, k, v) * 2, backend="eager")
+    wanted = polyattn.attention(*tensors) * 2
+    for _ in range(2):
+        same(compiled(*shards(tensors)), *shards((wanted,)), 1e-5)
+
+
+# --- sparse methods: the whole grid on every rank ---------------------------------------------
+
+GRID = (3, 4, 5)
+SPARSE: dict[str, dict[str, Any]] = {
+    "sta": {"window_size": [3, 1, 3], "tile_size": [1, 2, 2], "skip_time_steps": 0},
+    "vsa": {"sparsity": 0.5},
+    "vmoba": {"temporal_chunk_size": 1, "spatial_chunk_size": [2, 2], "st_chunk_size": [1, 2, 2],
+              "moba_threshold": 0.4, "first_full_step": 0},
+    "svg2": {"num_q_centroids": 3, "num_k_centroids": 5, "top_p_kmeans": 0.6,
+             "first_layers_fp": 0, "first_times_fp": 0},
+}  # fmt: skip
+
+
+@case
+def sparse_methods(ranks: int) -> None:
+    tensors = drawn(math.prod(GRID), 6, dtype=torch.float32, width=32)
+    for name, config in SPARSE.items():
+        place = {"step": 3, "num_steps": 10, "layer": 2, "num_layers": 4, "grid": GRID}
+        with polyattn.forward_context(**place):
+            wanted = polyattn.attention(*tensors, backend=name, config=config)
+        with polyattn.forward_context(**place):
+            layer = polyattn.UlyssesAttention(name, config=config)
+            report = Report()
+            with reporting_to(report):
+                out = layer(*shards(tensors))
+        same(out, *shards((wanted,)), 2e-5)
+        assert all(0 < row.facts["density"] < 1 for row in report.rows), report
+
+
+@case
+def a_gate_travels_with_its_tokens(ranks: int) -> None:
+    tensors = drawn(math.prod(GRID), 5, dtype=torch.float32, width=32)
+    gate = drawn(math.prod(GRID), 5, dtype=torch.float32, width=32, seed=9)[0]
+    with polyattn.forward_context(grid=GRID, step=0, layer=0):
+        wanted = polyattn.attention(
+            *tensors, backend="vsa", config={"sparsity": 0.5}, extras={"gate": gate}
+        )
+        layer = polyattn.UlyssesAttention("vsa", config={"sparsity": 0.5})
+        out = layer(*shards(tensors), extras={"gate": shards((gate,))[0]})
+    same(out, *shards((wanted,)), 2e-5)
+
+
+@case
+def windows_of_each_head(ranks: int) -> None:
+    """A strategy names heads of the whole layer; every rank takes those of its own."""
+    heads, folder = 5, Path(sys.argv[3])
+    windows = [[1, 1, 1], [3, 1, 1], [1, 2, 1], [3, 2, 1], [3, 2, 3]]
+    path = folder / "strategy.json"
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps({f"0_0_{head}": windows[head] for head in range(heads)}))
+    dist.barrier()
+    tensors = drawn(math.prod(GRID), heads, dtype=torch.float32, width=32)
+    config = {"mask_strategy_file_path": str(path), "tile_size": [1, 2, 2], "skip_time_steps": 0}
+    with polyattn.forward_context(grid=GRID, step=0, num_steps=1, layer=0, num_layers=1):
+        wanted = polyattn.attention(*tensors, backend="sta", config=config)
+        out = polyattn.UlyssesAttention("sta", config=config)(*shards(tensors))
+    same(out, *shards((wanted,)), 2e-5)
+
+
+@case
+def text_and_video(ranks: int) -> None:
+    text, video = (drawn(n, 4, dtype=torch.float32, width=32, seed=n)
+                   for n in (7, math.prod(GRID)))  # fmt: skip
+    whole = tuple(torch.cat(each, 1) for each in zip(video, text, strict=True))
+    span = polyattn.TextSpan(math.prod(GRID), 7, 5)
+    with polyattn.forward_context(grid=GRID, text=span, step=0, layer=0):
+        wanted = polyattn.attention(*whole, backend="sta", config=SPARSE["sta"])
+        out, words = polyattn.UlyssesAttention("sta", config=SPARSE["sta"])(
+            *shards(video), suffix=text
+        )
+    same(out, *shards((wanted[:, :-7],)), 2e-5)
+    same(words, wanted[:, -7:], 2e-5)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def refused(kind: type[Exception], words: str, function: Callable[[], Any]) -> None:
+    try:
+        function()
+    except kind as error:
+        assert words in str(error), f"{words!r} is not in {error}"
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+@case
+def around_a_ring_no_method_on_a_grid(ranks: int) -> None:
+    mesh = sequence_mesh(ulysses_degree=1, ring_degree=ranks)
+    tensors = drawn(math.prod(GRID), 4, dtype=torch.float32, width=32)
+    with polyattn.forward_context(grid=GRID, step=0, layer=0):
+        layer = polyattn.USPAttention("sta", config=SPARSE["sta"], mesh=mesh)
+        refused(BackendUnavailableError, "whole token grid", lambda: layer(*shards(tensors)))
+        exact = polyattn.USPAttention(mesh=mesh)(*shards(tensors))
+    same(exact, *shards((polyattn.attention(*tensors),)), 1e-5)
+
+
+@case
+def a_shard_that_does_not_fit_stops_all(ranks: int) -> None:
+    q, k, v = shards(drawn(24, 4))
+    layer = polyattn.UlyssesAttention()
+    if dist.get_rank() == 1:
+        refused(InputError, "same tokens", lambda: layer(q, k[:, 1:], v[:, 1:]))
+    else:
+        refused(ParallelError, "rank 1", lambda: layer(q, k, v))
+    if dist.get_rank() == 1:
+        q, k, v = (x.float() for x in (q, k, v))
+    refused(ParallelError, "same attention", lambda: layer(q, k, v))
+
+
+@case
+def a_backend_that_one_rank_cannot_run(ranks: int) -> None:
+    tensors = shards(drawn(24, 4))
+    layer = polyattn.UlyssesAttention("fa", config={"strict_version": True, "version": 3})
+    refused(BackendUnavailableError, "fa", lambda: layer(*tensors))
+    known = layers.decide
+
+    def fails(*arguments: Any) -> Any:
+        raise BackendUnavailableError("nothing here computes attention")
+
+    if dist.get_rank() == ranks - 1:
+        layers.decide = fails
+    try:
+        layer = polyattn.UlyssesAttention()
+        kind = BackendUnavailableError if dist.get_rank() == ranks - 1 else ParallelError
+        refused(kind, "nothing here computes", lambda: layer(*tensors))
+    finally:
+        layers.decide = known
+
+
+@case
+def environments_that_differ(ranks: int) -> None:
+    known = layers.local_environment
+    tensors = shards(drawn(24, 4))
+
+    def other(device: str | None = None) -> Environment:
+        return known(device).model_copy(update={"torch": "1.0"})
+
+    if dist.get_rank() == 1:
+        layers.local_environment = other
+    try:
+        refused(ParallelError, "torch: ", lambda: polyattn.UlyssesAttention()(*tensors))
+    finally:
+        layers.local_environment = known
+
+
+@case
+def other_backends_on_other_ranks(ranks: int) -> None:
+    config = {"kernel": "math"} if dist.get_rank() == 0 else None
+    with_config = polyattn.UlyssesAttention("sdpa")
+    with polyattn.force_backend("sdpa"):
+        polyattn.configure(config={"sdpa": config} if config else {})
+        try:
+            refused(ParallelError, "parameters", lambda: with_config(*shards(drawn(24, 4))))
+        finally:
+            polyattn.configure(config={})
+
+
+@case
+def wrong_arguments(ranks: int) -> None:
+    tensors, text = shards(drawn(24, 4)), drawn(3, 4)
+    layer = polyattn.UlyssesAttention()
+    refused(InputError, "lengths has the tokens", lambda: layer(*tensors, lengths=(1,)))
+    refused(InputError, "<class 'int'>", lambda: layer(*tensors, prefix=(1, 2, 3)))
+    refused(InputError, "q, k and v, found", lambda: layer(*tensors, suffix=text[0]))
+    causal = polyattn.UlyssesAttention(is_causal=True)
+    refused(InputError, "their place is unclear", lambda: causal(*tensors, prefix=text))
+    refused(InputError, "neither prefix", lambda: layer(*tensors, prefix=text,
+                                                        keys_replicated=True))  # fmt: skip
+    refused(InputError, "to travel with it", lambda: layer(*tensors, extras={"gate": text[0]}))
+    refused(InputError, "number of processes", lambda: sequence_mesh(ulysses_degree=3))
+    ring = sequence_mesh(ulysses_degree=1, ring_degree=ranks)
+    refused(InputError, "has no ring", lambda: polyattn.UlyssesAttention(mesh=ring))
+    refused(InputError, "mesh is a DeviceMesh", lambda: polyattn.USPAttention(mesh="all"))
+    empty = tuple(x[:, :0] for x in tensors)
+    refused(InputError, "are empty", lambda: layer(*empty))
+
+
+@case
+def agreements_are_made_once(ranks: int) -> None:
+    tensors = shards(drawn(24, 4))
+    layer = polyattn.UlyssesAttention()
+    counted, known = [], agreement.dist.all_gather_object
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        counted.append(1)
+        return known(*arguments, **options)
+
+    agreement.dist.all_gather_object = count
+    try:
+        for _ in range(3):
+            layer(*tensors)
+    finally:
+        agreement.dist.all_gather_object = known
+    assert len(counted) == 1
+
+
+# --- running them -------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run as ``cases.py RANK RANKS FOLDER``: every case in turn, errors as JSON in the folder."""
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks,
+        timeout=TIMEOUT,
+    )  # fmt: skip
+    wanted = sys.argv[4:] or list(CASES)
+    for name in wanted:
+        began, error = time.monotonic(), None
+        try:
+            CASES[name](ranks)
+        except BaseException:
+            error = traceback.format_exc()
+        errors: list[Any] = [None] * ranks
+        dist.all_gather_object(errors, error)
+        if rank == 0:
+            told = {"seconds": time.monotonic() - began, "errors": errors}
+            (folder / f"{name}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
