@@ -172,6 +172,34 @@ def test_a_non_finite_key_or_value_reaches_those_who_attend_to_it_and_nobody_els
     assert torch.equal(~out.isfinite(), sees[:, None] & (torch.arange(32) == 3))
 
 
+@pytest.mark.parametrize("block_by_block", [False, True])
+def test_infinite_values_are_those_of_dense_attention(
+    block_by_block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both ways of the reference: of one sign, of both, with NaN, and of weight zero."""
+    monkeypatch.setattr(reference, "FEW_QUERIES", 0 if block_by_block else 1 << 30)
+    plan = random_plan(11, density=0.4, empty_rows=False)
+    q, k, v = random_tensors(plan, heads=2, kv_heads=1, poison=False, dtype=torch.float64)
+    for token, channel, value in (
+        (20, 3, math.inf), (20, 4, -math.inf), (20, 5, math.nan), (21, 5, math.inf),
+        (20, 6, math.inf), (40, 6, -math.inf), (50, 7, math.inf),
+    ):  # fmt: skip
+        v[0, token, 0, channel] = value
+    q[..., 0] = 1
+    k[0, 50, 0] = 0
+    k[0, 50, 0, 0] = -1e6  # weighs nothing
+    mask = token_mask(plan, 1, 2)
+    expected = torch.zeros_like(q)
+    for head in range(2):
+        for query in range(q.shape[1]):
+            seen = mask[0, head, query].nonzero()[:, 0]
+            weights = (k[0, seen, 0] @ q[0, query, head] * 32**-0.5).softmax(0)
+            expected[0, query, head] = weights @ v[0, seen, 0]
+    assert all(each(expected[..., 3:8]).any() for each in (torch.isposinf, torch.isneginf))
+    found = block_sparse_attention(q, k, v, plan, provider="reference")
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_the_reference_gives_the_same_a_few_queries_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

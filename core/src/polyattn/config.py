@@ -13,16 +13,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import AliasChoices, BaseModel, ValidationError
 
-from polyattn.contract import BackendSpec
+from polyattn.contract import BackendSpec, ScheduledConfig
 from polyattn.discovery import Registry
-from polyattn.errors import ConfigError, nearest
+from polyattn.errors import ConfigError, UnknownBackendError, nearest
+from polyattn.naming import resolve_name
 
 __all__ = ["canonical_text", "load_config", "per_backend", "spellings", "validate"]
 
@@ -30,6 +31,7 @@ MAXIMUM_FILE_BYTES = 1 << 20
 MAXIMUM_DEPTH = 32
 FILE_SUFFIXES = (".json", ".yaml", ".yml")
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
+KINDS = {"int": "a number", "float": "a number", "str": "text", "bool": "true or false"}
 LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 EXAMPLE = """--attention-backend-config 'sparsity=0.5,chunk_size=[4, 13]'"""
 
@@ -284,13 +286,18 @@ def _plain(value: Any, where: str, depth: int) -> Any:
         return {key: _plain(inner, where, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner, where, depth + 1) for inner in value]
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return _plain(value.tolist(), where, depth)  # an array, or one number of one
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} holds {value}, which is not a finite number")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise ConfigError(f"{where} holds a {type(value).__name__}: {value!r:.80}; expected plain data")
+    raise ConfigError(
+        f"{where} holds a {type(value).__name__}: {value!r:.80}; expected plain data",
+        hint=".tolist()" if hasattr(value, "tolist") else None,
+    )
 
 
 def canonical_text(config: Mapping[str, Any] | None) -> str | None:
@@ -387,16 +394,22 @@ def validate(
         used[name] = key
     try:
         # Validated as JSON: lists become tuples, and nothing else is converted unasked.
-        return spec.config.model_validate_json(
+        filled = spec.config.model_validate_json(
             json.dumps(given), strict=True, by_alias=True, by_name=True
         )
     except (TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{source} cannot be used for {spec.name}: {error}") from None
-        problems = "; ".join(_problem(each, spec.config) for each in error.errors())
+        problems = "; ".join(_problems(error.errors(), spec.config))
         raise ConfigError(
             f"{spec.name} cannot use {source}: {problems}", hint=f"polyattn config {spec.name}"
         ) from None
+    if isinstance(filled, ScheduledConfig) and filled.dense_backend is not None:
+        try:
+            resolve_name(filled.dense_backend, source=f"dense_backend of {spec.name}")
+        except UnknownBackendError as error:
+            raise ConfigError(error.message, hint=error.hint) from None
+    return filled
 
 
 def _leaves(
@@ -412,8 +425,30 @@ def _leaves(
             yield path, value
 
 
-def _problem(error: Any, model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _problems(errors: Iterable[Any], model: type[BaseModel]) -> list[str]:
+    """One for each value, also where a list lacks several or a value is none of several kinds."""
+    by_place: dict[tuple[Any, ...], list[Any]] = {}
+    for error in errors:
+        place = error["loc"]
+        if place and (place[-1] in KINDS or _is_too_short(error)):
+            place = place[:-1]
+        by_place.setdefault(place, []).append(error)
+    return [_problem(found, ".".join(map(str, place)), model) for place, found in by_place.items()]
+
+
+def _is_too_short(error: Any) -> bool:
+    """Whether a value of a list is missing: its place is then the missing one."""
+    return error["type"] == "missing" and isinstance(error["input"], list)
+
+
+def _problem(errors: Sequence[Any], key: str, model: type[BaseModel]) -> str:
+    error = errors[-1]
+    if _is_too_short(error) or error["type"] == "too_long":
+        wanted = error["ctx"]["max_length"] if "ctx" in error else error["loc"][-1] + 1
+        return f"{key}={error['input']!r} is a list of {len(error['input'])}, expected {wanted}"
+    if error["loc"] and error["loc"][-1] in KINDS:
+        kinds = dict.fromkeys(KINDS[each["loc"][-1]] for each in errors if each["loc"][-1] in KINDS)
+        return f"{key}={error['input']!r} is not {' or '.join(kinds)}"
     if error["type"] == "missing":
         return f"the required parameter {key!r} is missing"
     if limits := {name: error["ctx"][name] for name in LIMITS if name in error.get("ctx", {})}:

@@ -156,9 +156,29 @@ def _check(context: ForwardContext) -> None:
         value = getattr(context, name)
         if value is not None and (not isinstance(value, str) or not value):
             raise InputError(f"{name} is a word such as 'self' or 'cond', found {value!r}")
-    if context.text is not None and not isinstance(context.text, TextSpan):
+    if context.text is not None:
+        _check_text(context.text)
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, TextSpan):
         raise InputError(
-            f"text is a polyattn.TextSpan(start, length, valid_length), found {context.text!r}"
+            f"text is a polyattn.TextSpan(start, length, valid_length), found {text!r}"
+        )
+    for name in ("start", "length", "valid_length"):
+        value = getattr(text, name)
+        if name == "valid_length" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(
+                f"{name} of a TextSpan is a number of tokens, an integer of at least 0; found "
+                f"{value!r} in {text}",
+                hint=f"{name}=int(...)" if not isinstance(value, int) else None,
+            )
+    if text.valid_length is not None and text.valid_length > text.length:
+        raise InputError(
+            f"a text of {text.length} tokens cannot have {text.valid_length} valid ones: {text}",
+            hint="TextSpan(start, length, valid_length): length counts padding too",
         )
 
 

@@ -222,7 +222,8 @@ class AttentionRequest:
 
     A field that is None is unknown and is not held against a backend, so a request can be partly
     filled when planning (``polyattn explain --head-dim 128 --causal``). ``first_head`` is the
-    number of the first head where the request has only some of a layer's heads.
+    number of the first head where the request has only some of a layer's heads. ``extra_forms``
+    holds shape and dtype of each of ``extras``, or nothing where no tensors are known.
     """
 
     batch: int | None = None
@@ -243,6 +244,7 @@ class AttentionRequest:
     needs_lse: bool = False
     needs_grad: bool = False
     extras: tuple[str, ...] = ()
+    extra_forms: tuple[tuple[tuple[int, ...], str], ...] = ()
 
     @property
     def custom_scale(self) -> bool:
@@ -287,6 +289,7 @@ class Implementation(Protocol):
 
 
 Probe = Callable[[Environment], "list[Reason]"]
+ConfigProbe = Callable[[Any], "list[Reason]"]
 RequestProbe = Callable[["AttentionRequest", Any, Environment], "list[Reason]"]
 
 
@@ -299,7 +302,9 @@ class BackendSpec(BaseModel):
     ``probe_platform`` and ``probe_availability`` take an :class:`Environment` and return reasons
     (empty = fine); by default they follow from ``capabilities`` and from the version ranges in the
     plugin's own metadata. ``probe_request(request, config, environment)`` adds reasons that hang on
-    the parameters, beyond what the capabilities declare. ``falls_back_to`` names the backend that
+    the parameters, beyond what the capabilities declare. ``probe_config(config)`` says why no run
+    can start with the parameters as they are, such as a file that is not there; ``polyattn config
+    NAME --check`` warns of it, and a run raises it itself. ``falls_back_to`` names the backend that
     serves instead when this one's runtime is not installed and nothing else is against it. Among
     exact backends, the highest ``priority`` is chosen first. ``footnotes`` maps platforms to
     remarks for the support matrix.
@@ -322,6 +327,7 @@ class BackendSpec(BaseModel):
     probe_platform: Probe | None = None
     probe_availability: Probe | None = None
     probe_request: RequestProbe | None = None
+    probe_config: ConfigProbe | None = None
     footnotes: Mapping[str, str] = Field(default_factory=dict)
 
     @field_validator("aliases", mode="before")

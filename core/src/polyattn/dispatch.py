@@ -46,7 +46,15 @@ from polyattn.selection import (
     select,
 )
 
-__all__ = ["CallSite", "attend", "attention", "call_site", "clear_decisions", "decide"]
+__all__ = [
+    "CallSite",
+    "attend",
+    "attention",
+    "bind",
+    "call_site",
+    "clear_decisions",
+    "decide",
+]
 
 logger = logging.getLogger("polyattn")
 
@@ -380,8 +388,13 @@ def attend(
     enable_gqa: bool = False,
     return_lse: bool = False,
     extras: Mapping[str, torch.Tensor] | None = None,
+    *,
+    needs_grad: bool = False,
 ) -> Output:
-    """:func:`attention` for a known call site. Eager only: the operator below calls it too."""
+    """:func:`attention` for a known call site. Eager only: the operator below calls it too.
+
+    ``needs_grad`` says that a gradient is wanted where the tensors do not show it.
+    """
     context = current_context()
     try:
         shape, dtype, device = q.shape, q.dtype, q.device
@@ -394,16 +407,28 @@ def attend(
             and v.layout is _STRIDED
         ):
             raise TypeError  # mixed: the checks say what is wrong
+        given = None
+        if extras:
+            given = tuple(
+                [(name, each.shape, each.dtype, each.device) for name, each in extras.items()]
+            )
         key: Any = (
             site, shape if same else (shape, k.shape, v.shape), dtype, device, is_causal, scale,
             enable_gqa, return_lse,
-            _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            needs_grad
+            or (
+                _is_grad_enabled()
+                and (
+                    q.requires_grad or k.requires_grad or v.requires_grad
+                    or (given is not None and _any_requires_grad(extras))
+                )
+            ),
             settings._settings, _forced(),
             None
             if context is None
             else (context.role, context.grid, context.text, context.first_head),
             None if mask is None else (mask.shape, mask.dtype, mask.device),
-            None if not extras else tuple(extras),
+            given,
         )  # fmt: skip
         decision = _decisions.get(key)
     except (TypeError, AttributeError, RuntimeError):
@@ -415,12 +440,16 @@ def attend(
     ):
         # Attention computes in the dtype of its tensors; nothing inside is cast behind its back.
         with torch.autocast(q.device.type, enabled=False):
-            return attend(site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras)
+            return attend(
+                site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras,
+                needs_grad=needs_grad,
+            )  # fmt: skip
     if decision is None:
         before = settings._settings
         decision = _decide(
-            site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, context
-        )
+            site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, needs_grad,
+            context,
+        )  # fmt: skip
         # The look-up may have come before the settings were first read; then it is made again.
         if key is not None and before is settings._settings:
             if len(_decisions) >= MAXIMUM_DECISIONS:
@@ -469,8 +498,9 @@ def decide(
     """What :func:`attend` would run for such tensors, after everything that can refuse has been
     asked. Values are not looked at: the tensors may be views of one number."""
     return _decide(
-        site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, current_context()
-    ).selection
+        site, q, k, v, mask, is_causal, scale, enable_gqa, return_lse, extras, False,
+        current_context(),
+    ).selection  # fmt: skip
 
 
 def _attend_in_context(
@@ -539,10 +569,13 @@ def _decide(
     enable_gqa: Any,
     return_lse: Any,
     extras: Any,
+    needs_grad: bool,
     context: ForwardContext | None,
 ) -> _Decision:
     """Check everything, select, and build the implementation."""
-    tensors = [each for each in (q, k, v) if isinstance(each, torch.Tensor)]
+    needs_grad = needs_grad or (
+        torch.is_grad_enabled() and (_any_requires_grad((q, k, v)) or _any_requires_grad(extras))
+    )
     request = request_of(
         q,
         k,
@@ -553,10 +586,18 @@ def _decide(
         enable_gqa=enable_gqa,
         return_lse=return_lse,
         extras=extras,
-        needs_grad=torch.is_grad_enabled() and any(each.requires_grad for each in tensors),
+        needs_grad=needs_grad,
         role=site.role or (context.role if context is not None else "self"),
         context=context,
     )
+    return bind(site, request)
+
+
+def bind(site: CallSite, request: AttentionRequest) -> _Decision:
+    """Select for a request and build the implementation, which tells what its files lack.
+
+    What is known of the run is in the current forward context.
+    """
     environment = local_environment(request.device)
     known = registry().backends
 
@@ -605,6 +646,12 @@ def _decide(
     raise BackendUnavailableError("no backend could be loaded", hint="polyattn doctor")
 
 
+def _any_requires_grad(tensors: Any) -> bool:
+    """Of a sequence or a mapping, which may hold anything: it may not have been checked yet."""
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors or ()
+    return any(isinstance(each, torch.Tensor) and each.requires_grad for each in values)
+
+
 def _refuse_frozen_schedule(decision: _Decision) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise BackendUnavailableError(
@@ -641,10 +688,13 @@ def _traced(
 ) -> Output:
     names = sorted(extras) if extras else []
     tensors = [extras[name] for name in names] if extras else []
+    # Known while tracing, and not in the operator: below autograd no tensor needs a gradient.
+    needs_grad = torch.is_grad_enabled() and _any_requires_grad((q, k, v, *tensors))
     out, lse = _attention_operator(
         q, k, v, mask, ",".join(names), tensors, site_text, is_causal, scale, enable_gqa,
         return_lse,
         list(grid) if grid is not None else None,
+        needs_grad,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -663,10 +713,12 @@ def _attention_operator(
     enable_gqa: bool,
     return_lse: bool,
     grid: list[int] | None,
+    needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     result = _attend_as_operator(
-        site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, return_lse, grid
-    )
+        site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, return_lse, grid,
+        needs_grad,
+    )  # fmt: skip
     out, lse = result if isinstance(result, tuple) else (result, _no_lse(q))
     # An operator's strides are fixed by its fake, and its outputs may not alias its inputs.
     out = out.contiguous()
@@ -688,15 +740,16 @@ def _attend_as_operator(
     enable_gqa: bool,
     return_lse: bool,
     grid: list[int] | None,
+    needs_grad: bool,
 ) -> Output:
     arguments: Any = (
         _call_site_from_text(site), q, k, v, mask, is_causal, scale, enable_gqa, return_lse,
         dict(zip(filter(None, extra_names.split(",")), extras, strict=True)),
     )  # fmt: skip
     if grid is None:
-        return attend(*arguments)
+        return attend(*arguments, needs_grad=needs_grad)
     with forward_context(grid=(grid[0], grid[1], grid[2])):
-        return attend(*arguments)
+        return attend(*arguments, needs_grad=needs_grad)
 
 
 def _no_lse(q: torch.Tensor) -> torch.Tensor:
@@ -707,6 +760,7 @@ def _no_lse(q: torch.Tensor) -> torch.Tensor:
 def _attention_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, extra_names: Any, extras: Any,
     site: Any, is_causal: Any, scale: Any, enable_gqa: Any, return_lse: bool, grid: Any,
+    needs_grad: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     out = q.new_empty(q.shape)
     if not return_lse:
@@ -733,8 +787,9 @@ def _backward_operator(
     with torch.enable_grad(), _recording_autograd():
         q, k, v = (each.detach().requires_grad_() for each in (q, k, v))
         out = _attend_as_operator(
-            site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, False, grid
-        )
+            site, q, k, v, mask, extra_names, extras, is_causal, scale, enable_gqa, False, grid,
+            True,
+        )  # fmt: skip
         assert isinstance(out, torch.Tensor)
         gradients = torch.autograd.grad(out, (q, k, v), grad)
     return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
@@ -756,12 +811,13 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    (q, k, v, mask, names, extras, site, is_causal, scale, enable_gqa, _, grid) = inputs
-    if mask is not None and mask.requires_grad:
-        raise InputError(
-            "attn_mask needs a gradient, which polyattn does not compute under torch.compile",
-            hint="attn_mask.detach(), or call attention outside of the compiled function",
-        )
+    (q, k, v, mask, names, extras, site, is_causal, scale, enable_gqa, _, grid, _) = inputs
+    for name, tensor in (("attn_mask", mask), *zip(names.split(","), extras, strict=False)):
+        if tensor is not None and tensor.requires_grad:
+            raise InputError(
+                f"{name} needs a gradient, which polyattn does not compute under torch.compile",
+                hint=f"{name}.detach(), or call attention outside of the compiled function",
+            )
     ctx.save_for_backward(q, k, v, mask, *extras)
     ctx.rest = (names, site, is_causal, scale, enable_gqa, grid)
 
@@ -772,7 +828,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[An
     gradients = _backward_operator(
         grad, q, k, v, mask, names, extras, site, is_causal, scale, enable_gqa, grid
     )
-    return (*gradients, None, None, [None] * len(extras), None, None, None, None, None, None)
+    return (*gradients, None, None, [None] * len(extras), *[None] * 7)
 
 
 _attention_operator.register_autograd(_backward, setup_context=_save_for_backward)

@@ -61,10 +61,17 @@ def request_of(
         tokens = video + (text.length if text is not None else 0)
         if q.shape[1] != tokens:
             extra = f" and {text.length} text tokens" if text is not None else ""
+            hint = "give the grid in tokens, i.e. the latent's size divided by the patch size"
+            if text is None and q.shape[1] > tokens:
+                hint += (
+                    f"; or, if {q.shape[1] - tokens} of the tokens are text, say where: "
+                    f"polyattn.forward_context(grid={grid}, text=polyattn.TextSpan({tokens}, "
+                    f"{q.shape[1] - tokens})), TextSpan(0, ...) before the video"
+                )
             raise InputError(
                 f"the grid (T, H, W) = {grid}{extra} makes {tokens} tokens, and q has "
                 f"{q.shape[1]} (role {role!r})",
-                hint="give the grid in tokens, i.e. the latent's size divided by the patch size",
+                hint=hint,
             )
     return AttentionRequest(
         batch=q.shape[0],
@@ -85,6 +92,11 @@ def request_of(
         needs_lse=return_lse,
         needs_grad=needs_grad,
         extras=tuple(sorted(extras)) if extras else (),
+        extra_forms=tuple(
+            (tuple(extras[name].shape), dtype_name(extras[name].dtype)) for name in sorted(extras)
+        )
+        if extras
+        else (),
     )
 
 
@@ -166,9 +178,15 @@ def _check_extras(extras: Any, q: torch.Tensor) -> None:
         raise InputError(f"extras maps names to tensors, found {type(extras).__name__}")
     for name, tensor in extras.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(f"extras maps names to tensors, found {name!r}: {type(tensor)}")
+            raise InputError(
+                f"extras maps names to tensors, found {name!r}: {type(tensor).__name__}",
+                hint=f"leave {name!r} out where there is none" if tensor is None else None,
+            )
         if tensor.device != q.device:
-            raise InputError(f"extras[{name!r}] is on {tensor.device}, q on {q.device}")
+            raise InputError(
+                f"extras[{name!r}] is on {tensor.device}, q on {q.device}",
+                hint=f"extras[{name!r}].to(q.device)",
+            )
 
 
 def mask_kind(mask: Any, q: torch.Tensor, k: torch.Tensor) -> MaskKind:

@@ -23,6 +23,7 @@ __all__ = [
     "RUNTIME_MISSING",
     "availability_reasons",
     "capability_reasons",
+    "config_reasons",
     "default_availability_reasons",
     "default_platform_reasons",
     "platform_reasons",
@@ -56,6 +57,18 @@ def request_reasons(
     probe = spec.probe_request
     if probe is not None:
         reasons += _guarded(spec, lambda: probe(request, config, environment))
+    return reasons
+
+
+def config_reasons(spec: BackendSpec, config: BaseModel) -> list[Reason]:
+    """Why no request at all could be served with these parameters."""
+    reasons: list[Reason] = []
+    by_request, by_config = spec.probe_request, spec.probe_config
+    if by_request is not None:
+        found = _guarded(spec, lambda: by_request(AttentionRequest(), config, Environment()))
+        reasons += [each for each in found if each.code == "config"]
+    if by_config is not None:
+        reasons += _guarded(spec, lambda: by_config(config))
     return reasons
 
 
@@ -170,8 +183,8 @@ def capability_reasons(spec: BackendSpec, request: AttentionRequest) -> list[Rea
         need(
             request.mask in can.masks or (request.mask == "key_padding" and "boolean" in can.masks),
             "mask",
-            f"takes {' or '.join(can.masks) or 'no'} masks, found a "
-            f"{request.mask.replace('_', '-')} mask",
+            f"takes {' or '.join(can.masks) or 'no'} masks, found "
+            f"{'an' if request.mask == 'additive' else 'a'} {request.mask.replace('_', '-')} mask",
         )
     need(can.causal or not request.is_causal, "causal", "has no causal attention")
     if request.heads is not None and request.kv_heads is not None:

@@ -270,7 +270,10 @@ def _dense_exception(spec: BackendSpec, request: AttentionRequest, source: str) 
 def _without_extras_of(spec: BackendSpec, request: AttentionRequest) -> AttentionRequest:
     """The request for a dense backend in the place of one whose method takes extra tensors."""
     extras = tuple(each for each in request.extras if each not in spec.capabilities.extras)
-    return replace(request, extras=extras)
+    forms = dict(zip(request.extras, request.extra_forms, strict=False))
+    return replace(
+        request, extras=extras, extra_forms=tuple(forms[each] for each in extras if each in forms)
+    )
 
 
 def _automatic(

@@ -89,8 +89,6 @@ def video_sequence(q: torch.Tensor, k: torch.Tensor, call: AttentionCall) -> Vid
     before = after = valid = 0
     if text is not None and text.length:
         valid = text.length if text.valid_length is None else text.valid_length
-        if not 0 <= valid <= text.length:
-            raise InputError(f"a text of {text.length} tokens cannot have {valid} valid ones")
         if text.start == 0:
             before = text.length
         elif text.start == tokens:

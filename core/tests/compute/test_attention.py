@@ -135,6 +135,14 @@ def test_bad_input(form: str, name: str) -> None:
     assert told in str(caught.value)
 
 
+def test_tokens_beyond_the_grid_may_be_text_and_the_error_says_how() -> None:
+    with pytest.raises(InputError, match=r"TextSpan\(8, 4\)"):
+        polyattn.attention(*qkv(), grid=(1, 2, 4))
+    with pytest.raises(InputError) as caught:
+        polyattn.attention(*qkv(), grid=(2, 2, 4))
+    assert "TextSpan" not in str(caught.value)
+
+
 def test_an_ambiguous_two_dimensional_mask() -> None:
     q = torch.randn(4, 4, H, D)
     k = v = torch.randn(4, 6, H, D)
@@ -438,6 +446,33 @@ def test_extra_tensors_reach_the_method_and_not_its_dense_phase(form: str) -> No
     assert counter is None or counter.frame_count == 1
 
 
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"gate": None}, "'gate': NoneType"),
+        ({"gate": [1.0]}, "'gate': list"),
+        ({"gate": "1"}, "'gate': str"),
+        ({"gate": torch.zeros(3).numpy()}, "'gate': ndarray"),
+        ({"gate": torch.zeros(3, device="meta")}, "is on meta, q on cpu"),
+        ([torch.zeros(3)], "found list"),
+        ({"gate": torch.zeros(3), 1: torch.zeros(3)}, "found 1: Tensor"),
+    ],
+)
+def test_extras_are_checked_after_a_good_call_too(wrong: Any, words: str, step: int) -> None:
+    q, k, v = qkv()
+
+    def call(extras: Any) -> Any:
+        with polyattn.forward_context(step=step, grid=(1, 3, 4)):
+            config = {"dense_steps": 1}
+            return polyattn.attention(q, k, v, backend="sparse", config=config, extras=extras)
+
+    with isolated_registry(SPARSE, spec("dense")):
+        call({"gate": torch.zeros(3)})
+        with pytest.raises(InputError, match=words):
+            call(wrong)
+
+
 def test_a_backend_that_breaks_its_contract_is_named() -> None:
     with isolated_registry(spec("broken", implementation=f"{__name__}:build_wrong")):
         with pytest.raises(BackendUnavailableError, match=r"'broken' broke its contract"):
@@ -739,6 +774,40 @@ def test_a_mask_that_needs_a_gradient_is_refused_when_compiled() -> None:
         fast(*qkv(requires_grad=True), bias)
 
 
+def test_an_extra_that_needs_a_gradient_is_refused_when_compiled() -> None:
+    trained = SPARSE.model_copy(
+        update={"capabilities": SPARSE.capabilities.model_copy(update={"autograd": True})}
+    )
+    with isolated_registry(trained):
+        fast, _ = compiled(
+            lambda q, k, v, gate: polyattn.attention(
+                q, k, v, backend="sparse", grid=(1, 3, 4), extras={"gate": gate}
+            )
+        )
+        with pytest.raises(Exception, match="gate needs a gradient"):
+            fast(*qkv(requires_grad=True), torch.ones(3, requires_grad=True))
+
+
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+def test_gradients_that_nobody_computes_are_refused_at_the_forward(form: str) -> None:
+    """And asking changes neither the number of graphs nor that of compilations."""
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return polyattn.attention(2 * q, k, v, backend="sparse", grid=(1, 3, 4))
+
+    with isolated_registry(SPARSE):
+        counter = None
+        if form == "compiled":
+            call, counter = compiled(call)
+        inputs = qkv(requires_grad=True)
+        with pytest.raises(BackendUnavailableError, match="gradients are on"):
+            call(*inputs)
+        with torch.no_grad():
+            call(*inputs)
+            call(*inputs)
+        assert counter is None or counter.frame_count == 2  # one for each grad mode, as ever
+
+
 def test_errors_inside_a_compiled_call() -> None:
     fast, _ = compiled(lambda q, k, v: polyattn.attention(q, k, v))
     q, k, v = qkv()
@@ -755,5 +824,5 @@ def test_the_operator_is_well_formed() -> None:
         site = dispatch.call_site("torch_sdpa").text
         torch.library.opcheck(
             torch.ops.polyattn.attention.default,
-            (*inputs, None, "", [], site, False, None, False, return_lse, None),
+            (*inputs, None, "", [], site, False, None, False, return_lse, None, grad),
         )

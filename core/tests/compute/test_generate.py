@@ -59,7 +59,9 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _backends() -> Iterator[None]:
     recorder.reset()
-    specs = (polyattn_sdpa.SPEC, recorder.EXACT, recorder.SPARSE, recorder.GPU_ONLY)
+    specs = (
+        polyattn_sdpa.SPEC, recorder.EXACT, recorder.SPARSE, recorder.GATED, recorder.GPU_ONLY,
+    )  # fmt: skip
     with isolated_registry(*specs):
         yield
     recorder.reset()
@@ -199,6 +201,77 @@ def test_backends_are_chosen_by_role(saved: Path, out: Path) -> None:
         ("self", "torch_sdpa", (0,)), ("self", "sparse_recorder", (1,)),
         ("cross", "recorder", (0, 1)),
     }  # fmt: skip
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def add_gates(folder: Path, *, sharded: bool) -> dict[str, Any]:
+    """Gates as in a checkpoint that was trained with them, in its file or in one of several."""
+    from safetensors.torch import load_file, save_file
+
+    inner = tiny_wan.HEADS * tiny_wan.HEAD_DIM
+    gates = {
+        f"blocks.{layer}.to_gate_compress.{name}": torch.randn(shape)
+        for layer in range(tiny_wan.LAYERS)
+        for name, shape in (("weight", (inner, inner)), ("bias", (inner,)))
+    }
+    weights = load_file(folder / WEIGHTS)
+    if not sharded:
+        save_file({**weights, **gates}, folder / WEIGHTS, metadata={"format": "pt"})
+        return gates
+    (folder / WEIGHTS).unlink()
+    places = {}
+    for number, part in enumerate((weights, gates), 1):
+        name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return gates
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gates_in_the_model_folder_are_used(model: Path, out: Path, sharded: bool) -> None:
+    gates = add_gates(model / "transformer", sharded=sharded)
+    command = ["--model-path", model, "--output", out / "v.gif", "--json", "--attention-backend"]
+    result = generate(*command, "gated_recorder")
+    assert result.exit_code == 0, (result.output, result.exception)
+    notes = json.loads(result.stdout)["notes"]
+    assert f"transformer has gates ({len(gates)} tensors), which gated_recorder uses" in notes
+    seen = [each for each in recorder.GATES if each is not None]
+    assert len(seen) == len(recorder.GATES) > 0
+    assert all(each.abs().sum() > 0 for each in seen)
+
+
+def test_gates_cost_nothing_where_nobody_takes_them(
+    saved: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyattn.integrations import gates as gates_module
+
+    command = ["--output", out / "v.gif", "--json", "--overwrite", "--attention-backend"]
+    result = generate("--model-path", saved, *command, "gated_recorder")
+    assert json.loads(result.stdout)["notes"] == []  # a model without gates
+    assert set(recorder.GATES) == {None}
+    add_gates(model / "transformer", sharded=False)
+    monkeypatch.setattr(gates_module, "_files", lambda _: pytest.fail("weights were looked at"))
+    for backend in ("thin", "auto", "torch_sdpa"):
+        result = generate("--model-path", model, *command, backend)
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert not any("gate" in note for note in json.loads(result.stdout)["notes"])
+
+
+def test_gates_that_do_not_fit_are_told(model: Path, out: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    add_gates(model / "transformer", sharded=False)
+    weights = load_file(model / "transformer" / WEIGHTS)
+    del weights["blocks.1.to_gate_compress.bias"]
+    save_file(weights, model / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    told = fails(
+        "--model-path", model, "--output", out / "v.gif", "--attention-backend", "gated_recorder"
+    )
+    assert "'blocks.1.to_gate_compress.bias' of [24], found none" in told
 
 
 def test_the_table_of_a_sparse_run(saved: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

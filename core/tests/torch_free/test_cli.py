@@ -752,6 +752,39 @@ def test_config_check_completes_or_complains(
         assert parsed(run(*check, text, "--json"), exit_code=1)["error"]["type"] == "ConfigError"
 
 
+def test_config_check_warns_of_what_cannot_start(
+    plugins: Plugins, run: Callable[..., Result]
+) -> None:
+    code = SPARSE.replace("SPEC = BackendSpec(", """
+def probe_request(request, config, environment):
+    reasons = [Reason(code="arch", message="of this request")]
+    if config.path is None:
+        reasons.append(Reason(code="config", message="needs path", hint="path=FILE"))
+    return reasons
+
+def probe_config(config):
+    missing = config.path == "nowhere"
+    return [Reason(code="file", message="nowhere is not there")] if missing else []
+
+SPEC = BackendSpec(probe_request=probe_request, probe_config=probe_config,""")  # fmt: skip
+    plugins.add("sparse", code)
+    check = ["config", "toy_sparse", "--check"]
+    for text, words in (
+        ("needed=1", ["needs path"]), ("needed=1,path=nowhere", ["nowhere is not there"]),
+        ("needed=1,path=here", []),
+    ):  # fmt: skip
+        data = parsed(run(*check, text, "--json"))
+        assert [each["message"] for each in data["warnings"]] == words
+        shown = run(*check, text).stdout
+        assert ("It cannot start a run as it is:" in shown) == bool(words)
+        assert all(each in shown for each in words)
+
+
+def test_config_folds_descriptions_when_piped(plugins: Plugins, run: Callable[..., Result]) -> None:
+    plugins.add("sparse", SPARSE.replace("Share of blocks left out.", "many words " * 40))
+    assert max(map(len, run("config", "toy_sparse").stdout.splitlines())) < 140
+
+
 # --- doctor ---------------------------------------------------------------------------------------
 
 TORCH_WORKS = {"status": "ok", "message": None, "seconds": 1.0, "version": "2.11", "device": "cpu",

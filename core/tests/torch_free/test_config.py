@@ -16,7 +16,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
 
 import polyattn
 from polyattn.config import load_config, spellings, validate
-from polyattn.contract import Architectures, BackendSpec, Capabilities
+from polyattn.contract import Architectures, BackendSpec, Capabilities, ScheduledConfig
 from polyattn.errors import ConfigError, PolyattnError
 
 
@@ -219,6 +219,7 @@ class Sparse(BaseModel):
     chunk: tuple[int, int] = (4, 13)
     top_k: int = 3
     path: str | None = None
+    share: int | float = 0
 
 
 SPEC = BackendSpec(
@@ -244,6 +245,7 @@ def test_validate_fills_defaults_and_spellings() -> None:
         "chunk",
         "top_k",
         "path",
+        "share",
     }
 
 
@@ -256,7 +258,12 @@ def test_validate_fills_defaults_and_spellings() -> None:
         ({"sparsity": True}, "sparsity=True"),
         ({"top_k": True}, "top_k=True"),
         ({"top_k": 1.5}, "top_k=1.5"),
-        ({"chunk": [1]}, "chunk"),
+        ({"chunk": [1]}, "chunk=[1] is a list of 1, expected 2"),
+        ({"chunk": []}, "chunk=[] is a list of 0, expected 2"),
+        ({"chunk": [1, 2, 3]}, "chunk=[1, 2, 3] is a list of 3, expected 2"),
+        ({"chunk": [1, True]}, "chunk.1=True"),
+        ({"share": True}, "share=True is not a number"),
+        ({"share": "x"}, "share='x' is not a number"),
         ({"chunk": "4x13"}, "chunk='4x13' is no list; write one in brackets"),
         ({"chunk": 4}, "chunk=4 is no list"),
         ({"path": 3}, "path=3"),
@@ -276,6 +283,29 @@ class Nested(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     top_k: int = Field(3, validation_alias=AliasChoices("topk", AliasPath("moba_config", "topk")))
+
+
+def test_numpy_values_are_plain_data() -> None:
+    np = pytest.importorskip("numpy")
+    given = {
+        "chunk": np.array([1, 2]), "sparsity": np.float32(0.5), "top_k": np.int64(4),
+        "share": np.float64(0.25), "deep": [np.array([[1, 2]]), np.bool_(True)],
+    }  # fmt: skip
+    plain = load_config(given)
+    wanted = {"chunk": [1, 2], "sparsity": 0.5, "top_k": 4, "share": 0.25,
+              "deep": [[[1, 2]], True]}  # fmt: skip
+    assert plain == wanted
+    assert all(type(plain[name]) is type(wanted[name]) for name in wanted)
+    with pytest.raises(ConfigError, match="not a finite number"):
+        load_config({"sparsity": np.array([np.nan])})
+    with pytest.raises(ConfigError, match="holds a object"):
+        load_config({"sparsity": object()})
+
+
+def test_the_dense_backend_has_to_be_installed() -> None:
+    scheduled = SPEC.model_copy(update={"config": ScheduledConfig})
+    with pytest.raises(ConfigError, match="'nosuch' .asked for by dense_backend of fake"):
+        validate(scheduled, {"dense_backend": "nosuch"})
 
 
 def test_spellings_may_nest() -> None:

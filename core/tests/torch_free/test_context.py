@@ -62,12 +62,30 @@ def test_threads_do_not_share_a_context() -> None:
         {"role": ""},
         {"branch": 3},
         {"text": (0, 3)},
+        {"text": TextSpan(0, 3.0)},
+        {"text": TextSpan(0.5, 3)},
+        {"text": TextSpan(-1, 3)},
+        {"text": TextSpan(0, -3)},
+        {"text": TextSpan(0, True)},
+        {"text": TextSpan(0, 3, 4)},
+        {"text": TextSpan(0, 3, -1)},
+        {"text": TextSpan(0, 3, 1.5)},
+        {"text": TextSpan(0, 0, 5)},
     ],
 )
 def test_impossible_contexts(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError), polyattn.forward_context(**wrong):
         pass
     assert current_context() is None
+
+
+def test_an_impossible_text_says_which_of_its_numbers_is_wrong() -> None:
+    with pytest.raises(InputError, match="length of a TextSpan .* found 3.0 in"):
+        with polyattn.forward_context(text=TextSpan(0, 3.0)):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(InputError, match="a text of 0 tokens cannot have 5 valid ones"):
+        with polyattn.forward_context(text=TextSpan(0, 0, 5)):
+            pass
 
 
 def phase(config: dict[str, Any], **context: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -415,7 +416,8 @@ def test_windows_must_be_given(draw: Any) -> None:
             "give one of window_size and mask_strategy_file_path",
         ),
         ({"window_size": [0, 1, 1]}, "window_size.0"),
-        ({"window_size": [3, 3]}, "window_size"),
+        ({"window_size": [3, 3]}, r"window_size=\[3, 3\] is a list of 2, expected 3"),
+        ({"window_size": [1, 1, 1], "skip_time_steps": True}, "skip_time_steps=True is not a num"),
         ({"tile_size": [6, 8, 8.5]}, "tile_size.2"),
         ({"sta_mode": "STA_dreaming"}, "STA_tuning_cfg"),
         ({"sta_mode": "STA_searching"}, "needs search_output_path"),
@@ -426,7 +428,7 @@ def test_windows_must_be_given(draw: Any) -> None:
         ),
         ({"window_size": [1, 1, 1], "max_density": 0.2}, "max_density is a parameter of STA_tu"),
         ({"window_size": [1, 1, 1], "candidates": [[1, 1, 1]]}, "candidates is a parameter of"),
-        ({"window_size": [1, 1, 1], "skip_time_steps": 2, "dense_steps": 3}, "the same thing"),
+        ({"window_size": [1, 1, 1], "skip_time_steps": 2, "dense_steps": 2}, "in two spellings"),
         ({"window_size": [1, 1, 1], "skip_time_steps": 1.5}, "a share is at most 1.0"),
         ({"window_size": [1, 1, 1], "skip_time_steps": -2}, "skip_time_steps"),
         ({"windowsize": [1, 1, 1]}, "window_size"),
@@ -435,6 +437,23 @@ def test_windows_must_be_given(draw: Any) -> None:
 def test_parameters_that_cannot_be(draw: Any, config: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         polyattn.attention(*draw(144, 1), backend="sta", config=config, grid=GRID)
+
+
+def test_what_a_check_says_of_files(tmp_path: Path, strategy_file: Any) -> None:
+    from polyattn.config import validate
+    from polyattn.probing import config_reasons
+    from polyattn_sta import SPEC
+
+    def told(**config: Any) -> list[str]:
+        return [each.message for each in config_reasons(SPEC, validate(SPEC, config))]
+
+    path = strategy_file(a_window, steps=1, layers=1, heads=2)
+    assert told(mask_strategy_file_path=path) == told(window_size=[1, 1, 1]) == []
+    assert "does not exist" in told(mask_strategy_file_path=str(tmp_path / "none.json"))[0]
+    assert "found neither" in told()[0]
+    tuning = {"sta_mode": "STA_tuning", "search_output_path": str(tmp_path)}
+    assert "holds no search records" in told(**tuning)[0]
+    assert told(sta_mode="STA_searching", search_output_path=str(tmp_path / "new")) == []
 
 
 @pytest.mark.parametrize("key", ["sta_mode", "STA_mode"])

@@ -219,10 +219,109 @@ def test_tuning_is_done_once(
     path.unlink()
     tune(searched, path, skip_time_steps=0, both_branches=True)
     assert path.exists()
-    path.write_text("{}")
-    tune(searched, path, skip_time_steps=0, both_branches=True)
-    assert load_strategy(path).heads == HEADS
-    assert len(calls) == 6
+    assert len(calls) == 4
+    for _ in range(2):
+        tune(searched, path, skip_time_steps=1, both_branches=True)
+        tune(searched, path, skip_time_steps=1.0, both_branches=True)  # all of them
+        assert len(load_strategy(path).windows) == 1
+    assert len(calls) == 12  # each wrote over the other
+
+
+def test_tuning_replaces_its_own_files_only(
+    draw: Any, searched: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "mask.json"
+    by_hand = json.dumps({f"{s}_{la}_{h}": [1, 1, 1] for s in range(STEPS) for la in range(LAYERS)
+                          for h in range(HEADS)})  # fmt: skip
+    path.write_text(by_hand)
+    config = {
+        "sta_mode": "STA_tuning", "search_output_path": str(searched), "skip_time_steps": 0,
+        "mask_strategy_file_path": str(path),
+    }  # fmt: skip
+    command = ["tune", str(searched), "--output", str(path), "--skip-time-steps"]
+    with pytest.raises(ConfigError, match="is there already, and which tuning did not write"):
+        run(draw, 0, config)
+    assert main([*command, "0"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert path.read_text() == by_hand
+    assert main([*command, "0", "--overwrite"]) == 0
+    tuned = path.read_text()
+    assert tuned != by_hand
+    assert main([*command, "1"]) == 0  # its own
+    assert path.read_text() != tuned
+    path.write_text(path.read_text() + "\n")
+    assert main([*command, "0"]) == 1  # changed since
+    path.write_text(tuned)
+    assert main([*command, "0"]) == 0  # what it would write
+    assert json.loads(path.read_text()).keys() == json.loads(by_hand).keys()
+
+
+def test_a_search_serves_its_own_tiles_only(draw: Any, searched: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mask.json"
+    config = {
+        "sta_mode": "STA_tuning", "search_output_path": str(searched), "skip_time_steps": 0,
+        "mask_strategy_file_path": str(path),
+    }  # fmt: skip
+    words = r"on 3x3x4 tiles of 1x2x2 tokens, and this is 3x3x4 tiles of 1x2x3"
+    with pytest.raises(ConfigError, match=words) as error:
+        polyattn.attention(
+            *draw(3 * 6 * 12, HEADS), backend="sta", config={**config, "tile_size": [1, 2, 3]},
+            grid=(3, 6, 12),
+        )  # fmt: skip
+    assert "tile_size=[1,2,2]" in str(error.value)
+    with pytest.raises(ConfigError, match=r"and this is 4x3x5 tiles of 1x2x2"):
+        polyattn.attention(
+            *draw(4 * 6 * 10, HEADS), backend="sta", config={**config, "tile_size": TILE},
+            grid=(4, 6, 10),
+        )  # fmt: skip
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dense_layers", [1, 0.4])
+def test_dense_layers_hold_in_all_of_the_loop(
+    draw: Any, tmp_path: Path, dense_layers: Any, capsys: Any
+) -> None:
+    """They are not searched, and tuning gives them the full window."""
+    folder, path = tmp_path / "search", tmp_path / "mask.json"
+    run(draw, 0, searching(folder, dense_layers=dense_layers))
+    assert {each.layer for each in read_records(record_files(folder)[0])} == {1, 2}
+    tuning = {
+        "sta_mode": "STA_tuning", "search_output_path": str(folder), "skip_time_steps": 1,
+        "mask_strategy_file_path": str(path), "dense_layers": dense_layers,
+    }  # fmt: skip
+    run(draw, 0, tuning)
+    strategy = load_strategy(path)
+    for step in range(STEPS):
+        assert {strategy.window(step, 0, head) for head in range(HEADS)} == {TILES}
+    assert TILES not in {strategy.window(1, 1, head) for head in range(HEADS)}
+    with pytest.raises(ConfigError, match="no record of step 1, layer 0, head 0") as error:
+        tune(folder, skip_time_steps=1)
+    assert "the skip_time_steps and dense_layers of the search" in str(error.value)
+    words = ["tune", str(folder), "--skip-time-steps", "1", "--dense-layers", str(dense_layers)]
+    assert main([*words, "--output", str(tmp_path / "again.json")]) == 0
+    assert "from 1 run, first 1 step full" in capsys.readouterr().out
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"skip_time_steps": True}, "skip_time_steps is a count .* found True"),
+        ({"skip_time_steps": "1"}, "found '1'"),
+        ({"skip_time_steps": None}, "found None"),
+        ({"skip_time_steps": -1}, "found -1"),
+        ({"skip_time_steps": 1.5}, "found 1.5"),
+        ({"skip_time_steps": float("nan")}, "found nan"),
+        ({"dense_layers": -1}, "dense_layers is a count"),
+        ({"max_density": 2}, "max_density is a share above 0, to 1; found 2"),
+        ({"max_density": "a"}, "found 'a'"),
+        ({"mask_strategy_file_path": 3}, "mask_strategy_file_path is a path, found 3"),
+        ({"search_output_path": None}, "search_output_path is a path, found None"),
+    ],
+)
+def test_arguments_that_cannot_be_tuned_by(searched: Path, wrong: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tune(**{"search_output_path": searched, **wrong})
 
 
 def test_ranks_search_their_own_heads(draw: Any, expected: Any, tmp_path: Path) -> None:
@@ -359,7 +458,7 @@ def test_the_commands(searched: Path, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "mask.json"
     tuning = ["tune", str(searched), "--output", str(path), "--skip-time-steps", "1"]
     assert main(tuning) == 0
-    assert "from 2 runs, first 1 steps full, mean density 0." in capsys.readouterr().out
+    assert "from 2 runs, first 1 step full, mean density 0." in capsys.readouterr().out
     assert main([*tuning[:-1], "0.5", "--cfg", "--max-density", "0.3"]) == 0
     assert "first 2 steps full" in capsys.readouterr().out
     command = [sys.executable, "-m", "polyattn_sta", "show", str(path)]
@@ -367,6 +466,11 @@ def test_the_commands(searched: Path, tmp_path: Path, capsys: Any) -> None:
     assert shown.startswith("4 steps, 3 layers, 4 heads; windows in tiles:\n  3x3x4")
     assert main(["tune", str(tmp_path / "none")]) == 1
     assert "Error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*tuning[:-1], "many"])
+    assert "a count (3) or a share (0.2) is wanted, found 'many'" in capsys.readouterr().err
+    assert main([*tuning, "--max-density", "1.5"]) == 1
+    assert "max_density is a share above 0, to 1; found 1.5" in capsys.readouterr().err
 
 
 def test_the_loop_on_the_demo_model(tmp_path: Path) -> None:
@@ -404,6 +508,47 @@ def test_the_loop_on_the_demo_model(tmp_path: Path) -> None:
     assert used["facts"]["density"] == tuned["facts"]["density"] < 0.3
     videos = [(tmp_path / f"{name}.mp4").read_bytes() for name in ("searched", "tuned", "sparse")]
     assert videos[1] == videos[2] != videos[0]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (None, "does not exist"),
+        ({"0_0_0": [1, 1, 1]}, "is for a model of 1 layers|is for 1 heads"),
+        ({"0_0_0": [9, 1, 1]}, r"the window \[9, 1, 1\] of '0_0_0' exceeds the grid"),
+        ({"0_0_0": [1, 1, 1], "0_0_2": [1, 1, 1]}, "the first that is missing is '0_0_1'"),
+        ("layers", "is for a model of 1 layers, and this one has"),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_told_before_the_model_is_loaded(
+    tmp_path: Path, entries: Any, words: str
+) -> None:
+    pytest.importorskip("polyattn_demo")
+    pytest.importorskip("diffusers")
+    from polyattn.cli.generation import GenerationRequest, plan_generation
+
+    path = tmp_path / "mask.json"
+    if entries == "layers":
+        entries = {
+            f"0_0_{head}": [1, 1, 1] for head in range(_demo_config()["num_attention_heads"])
+        }
+    if entries is not None:
+        path.write_text(json.dumps(entries))
+    request = GenerationRequest(
+        prompt="a red circle", width=64, height=64, num_frames=5, output=tmp_path / "v.gif",
+        attention_backend="sta",
+        attention_backend_config=f"mask_strategy_file_path={path},tile_size=[1,2,2]",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=words):
+        plan_generation(request)
+
+
+def _demo_config() -> dict[str, Any]:
+    import polyattn_demo
+
+    config = Path(polyattn_demo.model_path()) / "transformer" / "config.json"
+    found: dict[str, Any] = json.loads(config.read_text())
+    return found
 
 
 def _rows(data: Any) -> list[dict[str, Any]]:

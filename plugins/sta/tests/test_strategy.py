@@ -64,6 +64,7 @@ def without(key: str) -> str:
         ('{"0_0_0": [1, 1, 1.5]}', "found [1, 1, 1.5]"),
         ('{"0_0_0": [1, 1, true]}', "found [1, 1, true]"),
         ('{"0_0_0": "3x3x3"}', "three tile counts"),
+        ('{"0_0_0": [1, 1, 2], "0_0_1": "[1, 1, 2]"}', "of '0_0_1' is three tile counts"),
         ('{"0_0_0": {"t": 1}}', "three tile counts"),
         ('{"0_0_0": null}', "found null"),
         (

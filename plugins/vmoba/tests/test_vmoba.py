@@ -352,6 +352,45 @@ def test_hidden_chunks() -> None:
         check(case, *tensors(case), mask=torch.zeros(1, 24, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(
+    ("mode", "pool"),
+    [
+        *itertools.product(("topk", "threshold"), ("query_head", "head_global", "overall")),
+        ("threshold", "block"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_where_dense_attention_shows_it(
+    mode: str, pool: str, value: float
+) -> None:
+    """A key reaches all rows of its head, a query its own row: nobody is routed elsewhere."""
+    case = Case((4, 2, 3), "temporal", 1, mode, pool, topk=2, share=0.3, text_after=3)
+    q, k, v = tensors(case)
+    clean = run(case, q, k, v)[0]
+    bad = k.clone()
+    bad[0, 13, 0] = math.nan
+    out = run(case, q, bad, v)[0]
+    assert out[:, :, 0].isnan().all()
+    if pool not in ("overall", "block"):  # where heads compete, they may feel it
+        assert torch.equal(out[:, :, 1], clean[:, :, 1])
+    bad = q.clone()
+    bad[0, 7, 0] = value
+    out = run(case, bad, k, v)[0]
+    assert out[0, 7, 0].isnan().all()
+    assert out[0, 8:].isfinite().all()
+    if pool == "query_head":
+        assert torch.equal(out[0, 8:], clean[0, 8:])
+    bad = v.clone()
+    bad[0, 13, 0, 2] = value  # who attends to it, and only that channel
+    out = run(case, q, k, bad)[0]
+    seen = ~out[0, :, 0, 2].isfinite()
+    assert seen[12:18].all()
+    assert not seen[:24].all()
+    assert torch.equal(out[0, ~seen], clean[0, ~seen])
+    if value == math.inf:
+        assert (out[0, seen, 0, 2] == math.inf).all()
+
+
 # --- layers and the report ------------------------------------------------------------------------
 
 CYCLE: dict[str, Any] = {
@@ -608,6 +647,31 @@ def test_grid_is_needed() -> None:
 def test_bad_configurations(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(registry().backends["vmoba_attn"].spec, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "unread"),
+    [
+        ({"moba_select_mode": "threshold", "temporal_topk": 3, "st_topk": 2},
+         "moba_select_mode=threshold does not read temporal_topk, st_topk"),
+        ({"moba_select_mode": "topk", "temporal_topk": 3, "moba_threshold": 0.5},
+         "moba_select_mode=topk does not read moba_threshold"),
+        ({"moba_select_mode": "topk", "temporal_topk": 3}, None),
+        ({"moba_threshold": 0.5}, None),
+    ],
+)  # fmt: skip
+def test_parameters_of_the_other_mode_are_warned_of_once(
+    given: dict[str, Any], unread: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    implementation._warn_of_unread.cache_clear()
+    config = {
+        "temporal_chunk_size": 1, "spatial_layer": 0, "st_layer": 0, "first_full_step": 0, **given,
+    }  # fmt: skip
+    for grid in ((4, 2, 2), (5, 2, 2)):
+        case = Case(grid, "temporal", 1, "threshold", "query_head")
+        run(case, *tensors(case), config=config)
+    told = [each.getMessage() for each in caplog.records if "does not read" in each.getMessage()]
+    assert told == ([f"vmoba_attn: {unread}"] if unread else [])
 
 
 def test_documented_names_types_and_defaults() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import click
 
-from polyattn.cli.output import Data, Page, emit, json_option, value_words
+from polyattn.cli.output import Data, Page, emit, json_option, reasons_data, value_words
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -49,10 +49,12 @@ def config(name: str, text: str | None, schema: bool, as_json: bool) -> None:
     """Show a backend's parameters, or check a configuration.
 
     With --check, prints the complete parameters that the configuration gives, or what is wrong
-    with it.
+    with it. What is right in form and still cannot start a run, for want of a parameter or a file,
+    is a warning: the exit code stays 0.
     """
     from polyattn.discovery import registry
     from polyattn.naming import resolve_name
+    from polyattn.probing import config_reasons
 
     if schema and text is not None:
         raise click.UsageError("--schema and --check exclude each other.")
@@ -66,11 +68,13 @@ def config(name: str, text: str | None, schema: bool, as_json: bool) -> None:
         data["parameters"] = parameter_list(spec.config)
         emit(data, as_json, lambda page: _render(page, data))
     else:
-        data["parameters"] = _checked(spec, name, text, implied)
+        filled = _checked(spec, name, text, implied)
+        data["parameters"] = filled.model_dump(mode="json")
+        data["warnings"] = reasons_data(config_reasons(spec, filled))
         emit(data, as_json, lambda page: _render_checked(page, data))
 
 
-def _checked(spec: BackendSpec, name: str, text: str, implied: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(spec: BackendSpec, name: str, text: str, implied: Mapping[str, Any]) -> BaseModel:
     """The complete parameters behind ``text``, or a ConfigError."""
     from polyattn.config import load_config, per_backend, validate
     from polyattn.discovery import registry
@@ -86,7 +90,7 @@ def _checked(spec: BackendSpec, name: str, text: str, implied: Mapping[str, Any]
                 hint=f"polyattn config {next(iter(nested))} --check ...",
             )
         given = nested[spec.name]
-    return validate(spec, given, implied=implied, alias=name).model_dump(mode="json")
+    return validate(spec, given, implied=implied, alias=name)
 
 
 def parameter_list(model: type[BaseModel]) -> list[Data]:
@@ -168,6 +172,7 @@ def _render(page: Page, data: Data) -> None:
             ]
             for each in parameters
         ],
+        widths={"type": 34, "description": 60},
     )
     others = [(each["name"], set(each["spellings"]) - {each["name"]}) for each in parameters]
     if any(spelled for _, spelled in others):
@@ -191,3 +196,6 @@ def _render_checked(page: Page, data: Data) -> None:
         key: value_words(value) for key, value in data["parameters"].items()
     }
     page.facts(facts, indent=2)
+    if data["warnings"]:
+        page.line("It cannot start a run as it is:", style="yellow")
+        page.reasons(data["warnings"], indent=2)

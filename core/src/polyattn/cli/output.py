@@ -2,7 +2,8 @@
 
 :func:`emit` gets one plain value and a renderer. With ``--json`` the value goes to stdout, alone;
 otherwise the renderer writes to a :class:`Page`. On a terminal a page wraps to its width; piped, it
-writes no colours and never wraps or shortens, so a line can be searched for and a hint pasted.
+writes no colours, and wraps nothing but columns of prose, so a line can be searched for and a hint
+pasted.
 """
 
 from __future__ import annotations
@@ -142,13 +143,23 @@ class Page:
                 label = name if index == 0 else ""
                 self.console.print(f"{'':{indent}}{label:{width}}{piece}", soft_wrap=True)
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table without lines. The first column is kept whole; the others may fold."""
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
+        """A table without lines. The first column is kept whole; the others may fold.
+
+        Columns of prose have ``widths`` beyond which they fold, piped or not.
+        """
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, overflow="fold", no_wrap=index == 0)
+            most = (widths or {}).get(column)
+            table.add_column(column, overflow="fold", no_wrap=index == 0, max_width=most)
         for row in rows:
             table.add_row(*(_printable(cell) for cell in row))
         self.console.print(table)

@@ -41,8 +41,8 @@ def run(
     """Softmax over each query's keys, computed in float64 for float64 and in float32 otherwise.
 
     What a query does not attend to is taken out before anything is multiplied by it. A non-finite
-    key that a query does attend to makes its result NaN; a non-finite value makes NaN of that
-    channel.
+    key that a query does attend to makes its result NaN; non-finite values give their channel what
+    dense attention gives: those of one sign and of weight above zero that infinity, others NaN.
 
     Raises:
         PlanError: on a CPU, where asking waits for nothing, for wrong values in the plan.
@@ -56,7 +56,8 @@ def run(
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     k, bad_keys = _without_non_finite(k.transpose(1, 2).to(compute))
-    v, bad_values = _without_non_finite(v.transpose(1, 2).to(compute))
+    raw_v = v.transpose(1, 2).to(compute)
+    v, bad_values = _without_non_finite(raw_v)
     block_mask = plan.to_block_mask()
     query_blocks, key_blocks = plan.blocks_of_tokens("query"), plan.blocks_of_tokens("key")
 
@@ -82,9 +83,7 @@ def run(
         weights = by_kv_head(scores.softmax(-1).masked_fill(blind, 0))
         out = weights @ v
         if bad_values is not None:
-            out = out.masked_fill(
-                by_kv_head(mask.to(compute)) @ bad_values.to(compute) > 0, math.nan
-            )
+            out = _with_non_finite(out, weights, by_kv_head(mask), raw_v, bad_values)
         outs.append(out.view(batch, heads, -1, dim).transpose(1, 2).to(q.dtype))
         if return_lse:
             lse = scores.logsumexp(-1, keepdim=True).masked_fill(blind, -math.inf)
@@ -141,6 +140,27 @@ def _tokens(plan: BlockSparsePlan, side: str, item: int, head: int) -> list[torc
     length: int = getattr(plan, f"{side}_length")
     walk = torch.arange(length) if order is None else of(order).long()
     return [walk[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _with_non_finite(
+    out: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    v: torch.Tensor,
+    bad: torch.Tensor,
+) -> torch.Tensor:
+    """Put into ``out`` what the values add that are not finite, and that its rows may see."""
+
+    def count(rows: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        return rows.to(out.dtype) @ of.to(out.dtype)
+
+    seen = count(mask, bad)
+    result = out.masked_fill(seen > 0, math.nan)
+    for infinity in (math.inf, -math.inf):
+        # Zero times infinity is NaN, and so is the sum of two of different signs.
+        alone = (seen > 0) & (count(weights > 0, v == infinity) == seen)
+        result = result.masked_fill(alone, infinity)
+    return result
 
 
 def _without_non_finite(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

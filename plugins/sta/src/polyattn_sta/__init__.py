@@ -16,8 +16,10 @@ from polyattn.contract import (
     Reason,
 )
 from polyattn.environment import Environment
+from polyattn.errors import ConfigError
 from polyattn.hooks import hookimpl
-from polyattn_sta.config import StaConfig
+from polyattn_sta.config import TUNING, StaConfig
+from polyattn_sta.search import record_files
 from polyattn_sta.strategy import Strategy, load_strategy
 from polyattn_sta.tuning import Tuned, tune
 
@@ -41,6 +43,18 @@ def _windows_are_given(
     ]
 
 
+def _files_are_there(config: StaConfig) -> list[Reason]:
+    """What the files that the configuration names lack; a run says so itself."""
+    try:
+        if config.sta_mode == "STA_inference" and config.mask_strategy_file_path is not None:
+            load_strategy(config.mask_strategy_file_path)
+        elif config.sta_mode in TUNING and config.search_output_path is not None:
+            record_files(config.search_output_path)
+    except ConfigError as error:
+        return [Reason(code="config", message=error.message, hint=error.hint)]
+    return []
+
+
 SPEC = BackendSpec(
     name="sliding_tile_attn",
     aliases=["sta"],
@@ -61,6 +75,7 @@ SPEC = BackendSpec(
     ),
     config=StaConfig,
     probe_request=_windows_are_given,
+    probe_config=_files_are_there,
     implementation="polyattn_sta.attention:build",
     footnotes={"cpu": "a reference, in plain torch"},
 )

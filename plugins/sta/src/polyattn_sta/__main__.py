@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from polyattn.errors import PolyattnError
 from polyattn_sta.strategy import load_strategy
 from polyattn_sta.tuning import tune
-from polyattn_sta.windows import words
+from polyattn_sta.windows import counted, words
 
 __all__ = ["main"]
 
@@ -42,15 +42,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="first steps with the full window, a count or a share [15]",
     )
+    tuning.add_argument(
+        "--dense-layers",
+        type=_count_or_share,
+        default=0,
+        metavar="N",
+        help="first layers with the full window, a count or a share [0]",
+    )
     tuning.add_argument("--cfg", action="store_true", help="average over both guidance branches")
     tuning.add_argument("--max-density", type=float, metavar="D", help="leave out denser windows")
+    tuning.add_argument(
+        "--overwrite", action="store_true", help="replace a file that tuning did not write itself"
+    )
     showing = commands.add_parser("show", help="check a strategy, and say what is in it")
     showing.add_argument("file")
     return parser
 
 
 def _count_or_share(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a count (3) or a share (0.2) is wanted, found {text!r}"
+        ) from None
 
 
 def _tune(given: argparse.Namespace) -> None:
@@ -58,11 +73,14 @@ def _tune(given: argparse.Namespace) -> None:
         given.folder,
         given.output,
         skip_time_steps=given.skip_time_steps,
+        dense_layers=given.dense_layers,
         both_branches=given.cfg,
         max_density=given.max_density,
+        overwrite=given.overwrite,
     )
     print(
-        f"{tuned.path}: from {tuned.runs} runs, first {tuned.full_steps} steps full, mean density "
+        f"{tuned.path}: from {counted(tuned.runs, 'run')}, first "
+        f"{counted(tuned.full_steps, 'step')} full, mean density "
         f"{tuned.density:.3f}, mean squared error {tuned.mean_squared_error:.3g}"
     )
 

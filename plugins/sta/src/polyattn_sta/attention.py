@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from polyattn.context import ForwardContext
+from polyattn.context import ForwardContext, current_context
 from polyattn.contract import AttentionCall, AttentionRequest, Implementation
 from polyattn.environment import Environment
 from polyattn.errors import ConfigError, InputError
@@ -33,6 +33,7 @@ from polyattn_sta.tiles import Tiles, WindowPlans, attend, tiles_of, window_plan
 from polyattn_sta.tuning import tune
 from polyattn_sta.windows import (
     Extent,
+    counted,
     default_candidates,
     exceeds,
     is_full,
@@ -127,13 +128,16 @@ class ByStrategy(_SlidingTiles):
         self.name = f"strategy of {config!r}"  # in a run's state
 
     def check(self, tiles: Extent, heads: int | None, first_head: int | None) -> None:
-        strategy, _ = self.strategy()
+        strategy, _ = self.strategy(tiles)
         strategy.check_tiles(tiles, self.config.tile_size)
         if heads is not None:
             strategy.check_heads(heads, first_head)
+        context = current_context()
+        if context is not None and context.num_layers is not None:
+            strategy.check_layers(0, context.num_layers)
 
-    def strategy(self) -> tuple[Strategy, str]:
-        """The strategy as it is now, and where it comes from."""
+    def strategy(self, tiles: Extent) -> tuple[Strategy, str]:
+        """The strategy as it is now, and where it comes from; of a search on these tiles."""
         config = self.config
         if config.sta_mode == "STA_inference":
             assert config.mask_strategy_file_path is not None  # probed before anything is built
@@ -142,18 +146,21 @@ class ByStrategy(_SlidingTiles):
         tuned = tune(
             config.search_output_path,
             config.mask_strategy_file_path,
-            skip_time_steps=config.skip_time_steps,
+            skip_time_steps=config.dense_steps,
+            dense_layers=config.dense_layers,
             both_branches=config.sta_mode == "STA_tuning_cfg",
             max_density=config.max_density,
+            tile_size=config.tile_size,
+            tile_grid=tiles,
         )
-        return tuned.strategy, f"{tuned.path} (tuned from {tuned.runs} runs)"
+        return tuned.strategy, f"{tuned.path} (tuned from {counted(tuned.runs, 'run')})"
 
     def plan(
         self, tiles: Tiles, context: ForwardContext, heads: int
     ) -> tuple[BlockSparsePlan, dict[str, Any]]:
         run = context.run_state.setdefault(RUN, {})
         if self.name not in run:  # a file that changes during a run counts from the next one on
-            run[self.name] = self.strategy()
+            run[self.name] = self.strategy(tiles.tile_grid)
         strategy, source = run[self.name]
         step, layer = _step_and_layer(context)
         strategy.check_tiles(tiles.tile_grid, self.config.tile_size)

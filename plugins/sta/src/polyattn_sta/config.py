@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from polyattn.contract import ScheduledConfig
@@ -30,11 +30,8 @@ class StaConfig(ScheduledConfig):
     """Which tiles are seen, and when the method stays dense.
 
     ``skip_time_steps`` and ``dense_steps`` are one parameter under two names: STA's, and that of
-    every scheduled backend. Given together they must agree. A search measures every step unless
-    one of them is given.
+    every scheduled backend. A search measures every step unless it is given.
     """
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     mask_strategy_file_path: str | None = Field(
         None,
@@ -50,13 +47,14 @@ class StaConfig(ScheduledConfig):
         "candidate window is off. STA_tuning, STA_tuning_cfg: choose windows from such records "
         "(of the prompt's guidance branch, of both), write the strategy, and attend by it.",
     )
-    skip_time_steps: int | float = Field(
+    dense_steps: int | float = Field(
         15,
         ge=0,
-        description="First denoising steps with full attention: a count, or a share (0.2). "
-        "A single call outside of a run wants 0.",
+        validation_alias=AliasChoices("dense_steps", "skip_time_steps"),
+        description="First denoising steps with full attention: a count, or a share (0.2); in a "
+        "search 0 by default. A single call outside of a run wants 0. The documented name is "
+        "skip_time_steps.",
     )
-    dense_steps: int | float = Field(15, ge=0, description="The same as skip_time_steps.")
     window_size: Sides | None = Field(
         None,
         description="One window [t, h, w] in tiles for all steps, layers and heads, instead of a "
@@ -91,27 +89,13 @@ class StaConfig(ScheduledConfig):
         known = {mode.lower(): mode for mode in get_args(Mode)}
         return known.get(value.lower(), value) if isinstance(value, str) else value
 
-    @field_validator("skip_time_steps")
-    @classmethod
-    def _share_of_steps(cls, value: int | float) -> int | float:
-        return cls._share_or_count(value)
-
     def key_of(self, option: str) -> str:
         return "skip_time_steps" if option == "dense_steps" else option
 
     @model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        given = self.model_fields_set & {"skip_time_steps", "dense_steps"}
-        if len(given) == 2 and self.skip_time_steps != self.dense_steps:
-            raise ValueError(
-                f"skip_time_steps={self.skip_time_steps} and dense_steps={self.dense_steps} mean "
-                "the same thing; give one of them"
-            )
-        steps = self.dense_steps if given == {"dense_steps"} else self.skip_time_steps
-        if not given and self.sta_mode == "STA_searching":
-            steps = 0
-        for name in ("skip_time_steps", "dense_steps"):
-            object.__setattr__(self, name, steps)
+    def _a_search_measures_all_steps(self) -> Self:
+        if self.sta_mode == "STA_searching" and "dense_steps" not in self.model_fields_set:
+            object.__setattr__(self, "dense_steps", 0)
         return self
 
     @model_validator(mode="after")

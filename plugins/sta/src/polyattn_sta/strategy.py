@@ -23,7 +23,14 @@ from typing import Any
 from polyattn.errors import ConfigError
 from polyattn_sta.windows import Extent, exceeds, words
 
-__all__ = ["Strategy", "file_state", "load_strategy", "save_strategy"]
+__all__ = [
+    "Strategy",
+    "file_state",
+    "load_strategy",
+    "save_strategy",
+    "strategy_text",
+    "write_whole",
+]
 
 KEY = re.compile(r"(0|[1-9][0-9]{0,8})(_(0|[1-9][0-9]{0,8})){2}")
 FORM = '{"step_layer_head": [t, h, w]}, e.g. {"0_0_0": [3, 3, 3]}'
@@ -163,7 +170,7 @@ def _strategy(entries: Mapping[str, Any], source: str) -> Strategy:
     for key, value in entries.items():
         if KEY.fullmatch(key) is None:
             raise ConfigError(f"{source}: the key {key!r} is not of the form step_layer_head")
-        text = str(value)
+        text = repr(value)  # a list and the text of one differ in it
         if text not in numbers:
             numbers[text] = len(windows)
             windows.append(_window(value, key, source))
@@ -213,13 +220,19 @@ def save_strategy(
         ConfigError: for windows that make no strategy, or a path that cannot be written.
     """
     file = Path(path).expanduser()
-    entries = {"_".join(map(str, place)): list(window) for place, window in windows.items()}
-    _strategy(entries, f"the mask strategy {file}")
-    _replace(file, json.dumps(entries, indent=1))
+    text = strategy_text(windows)
+    _strategy(json.loads(text), f"the mask strategy {file}")
+    write_whole(file, text)
     return load_strategy(file)
 
 
-def _replace(file: Path, text: str) -> None:
+def strategy_text(windows: Mapping[tuple[int, int, int], Sequence[int]]) -> str:
+    """What a file with these windows holds."""
+    entries = {"_".join(map(str, place)): list(window) for place, window in windows.items()}
+    return json.dumps(entries, indent=1)
+
+
+def write_whole(file: Path, text: str) -> None:
     """Write a file so that nobody ever reads half of it."""
     draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}.draft")
     try:

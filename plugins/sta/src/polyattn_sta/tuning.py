@@ -2,24 +2,37 @@
 
 Errors are averaged over all records of a (step, layer, head), that is over prompts, and over
 guidance branches where both are wanted; the candidate of least mean squared error wins, the earlier
-one among equals. The first steps get the full window. Nothing here imports torch.
+one among equals. The first steps and layers get the full window.
+
+A file that tuning has not written itself, or that was changed since, is not replaced unless told
+so. Tuning knows its own by ``<file>.sha256`` beside them, in the form of ``sha256sum``: other
+readers of a strategy would stumble over a mark within it. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from polyattn.errors import ConfigError
 from polyattn_sta.search import SearchRecord, read_records, record_files
-from polyattn_sta.strategy import Strategy, file_state, save_strategy
+from polyattn_sta.strategy import (
+    Strategy,
+    file_state,
+    save_strategy,
+    strategy_text,
+    write_whole,
+)
 from polyattn_sta.windows import Extent, words
 
-__all__ = ["Tuned", "full_steps", "tune"]
+__all__ = ["Tuned", "tune"]
 
 Place = tuple[int, int, int]
 
@@ -45,8 +58,12 @@ def tune(
     mask_strategy_file_path: str | os.PathLike[str] | None = None,
     *,
     skip_time_steps: int | float = 15,
+    dense_layers: int | float = 0,
     both_branches: bool = False,
     max_density: float | None = None,
+    tile_size: Sequence[int] | None = None,
+    tile_grid: Sequence[int] | None = None,
+    overwrite: bool = False,
 ) -> Tuned:
     """Choose windows from the records in a folder, and write the strategy.
 
@@ -55,16 +72,25 @@ def tune(
         mask_strategy_file_path: the file to write; in that folder by default, named after
             ``skip_time_steps``.
         skip_time_steps: first steps that get the full window, a count or a share.
+        dense_layers: first layers that do, a count or a share; a search with ``dense_layers`` has
+            no records of them.
         both_branches: average over both guidance branches, and not the prompt's alone. Records of
             calls that held both branches in one batch count either way.
         max_density: leave out candidates that attend to a larger share of the pairs.
+        tile_size: tokens of a tile, (T, H, W), that the search has to have been made with.
+        tile_grid: number of tiles, (T, H, W), likewise.
+        overwrite: replace a file that tuning did not write itself.
 
     The same records and arguments are tuned once, as long as the written file stays as it is.
 
     Raises:
-        ConfigError: for records that are missing, damaged, or of different searches; it names the
-            first step, layer and head without one.
+        ConfigError: for records that are missing, damaged, of different searches or of other
+            tiles; it names the first step, layer and head without one. For arguments that cannot
+            be. For a file that is not tuning's own.
     """
+    _check_arguments(
+        search_output_path, mask_strategy_file_path, skip_time_steps, dense_layers, max_density
+    )
     folder = Path(search_output_path).expanduser()
     files = record_files(search_output_path)
     target = (
@@ -73,7 +99,11 @@ def tune(
         else Path(mask_strategy_file_path).expanduser()
     )
     states = tuple((file, file_state(file)) for file in files)
-    arguments = (states, target.absolute(), skip_time_steps, both_branches, max_density)
+    tiles = tuple(None if each is None else tuple(each) for each in (tile_size, tile_grid))
+    arguments = (
+        states, target.absolute(), skip_time_steps, dense_layers, both_branches, max_density,
+        tiles, overwrite,
+    )  # fmt: skip
     tuned, written = _tune(*arguments)
     if file_state(tuned.path) != written:  # removed, or written over
         _tune.cache_clear()
@@ -84,22 +114,48 @@ def tune(
 State = tuple[int, int] | None
 
 
-@lru_cache(maxsize=8)
+def _check_arguments(
+    folder: Any, target: Any, skip_time_steps: Any, dense_layers: Any, max_density: Any
+) -> None:
+    paths = {"search_output_path": folder}
+    if target is not None:
+        paths["mask_strategy_file_path"] = target
+    for name, value in paths.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise ConfigError(f"{name} is a path, found {value!r}")
+    for name, value in (("skip_time_steps", skip_time_steps), ("dense_layers", dense_layers)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not value >= 0 or (isinstance(value, float) and value > 1):
+            raise ConfigError(
+                f"{name} is a count of at least 0 (an integer), or a share from 0.0 to 1.0; found "
+                f"{value!r}"
+            )
+    number = isinstance(max_density, (int, float)) and not isinstance(max_density, bool)
+    if max_density is not None and not (number and 0 < max_density <= 1):
+        raise ConfigError(f"max_density is a share above 0, to 1; found {max_density!r}")
+
+
+# Typed, for a count of 1 is not a share of 1.0.
+@lru_cache(maxsize=8, typed=True)
 def _tune(
     states: tuple[tuple[Path, State], ...],
     target: Path,
     skip_time_steps: int | float,
+    dense_layers: int | float,
     both_branches: bool,
     max_density: float | None,
+    wanted_tiles: tuple[tuple[int, ...] | None, ...],
+    overwrite: bool,
 ) -> tuple[Tuned, State]:
     """The result, and the state of the written file."""
     files = [file for file, _ in states]
     records = _of_branches(_of_one_search(files), both_branches, files[0].parent)
     first = records[0]
+    _check_tiles(first, wanted_tiles, files[0].parent)
     steps = first.num_steps or 1 + max(record.step for record in records)
     layers = first.num_layers or 1 + max(record.layer for record in records)
     heads = max(record.first_head + record.heads for record in records)
-    full = full_steps(skip_time_steps, steps)
+    full, full_layers = _count(skip_time_steps, steps), _count(dense_layers, layers)
     allowed = _allowed(first, max_density)
     errors = _mean_errors(records)
     windows: dict[Place, Extent] = {}
@@ -108,7 +164,7 @@ def _tune(
         for layer in range(layers):
             for head in range(heads):
                 place = (step, layer, head)
-                if step < full:
+                if step < full or layer < full_layers:
                     windows[place] = first.tiles
                     densities.append(1.0)
                     continue
@@ -116,13 +172,17 @@ def _tune(
                     raise ConfigError(
                         f"the search in {files[0].parent} has no record of step {step}, layer "
                         f"{layer}, head {head}; it has to cover all of {steps} steps, {layers} "
-                        f"layers and {heads} heads but the first {full} steps"
+                        f"layers and {heads} heads but the first {full} steps and {full_layers} "
+                        "layers",
+                        hint="the skip_time_steps and dense_layers of the search"
+                        if (step, layer) == (full, full_layers)
+                        else None,
                     )
                 best = min(allowed, key=lambda number: errors[place][number])
                 windows[place] = first.candidates[best]
                 densities.append(first.densities[best])
                 squares.append(errors[place][best])
-    strategy = save_strategy(target, windows)
+    strategy = _save(target, windows, overwrite)
     runs = len({record.run for record in records})
     tuned = Tuned(target, strategy, runs, full, _mean(densities), _mean(squares))
     return tuned, file_state(target)
@@ -175,15 +235,56 @@ def _of_branches(
     return chosen
 
 
-def full_steps(skip_time_steps: int | float, steps: int) -> int:
-    """How many steps a count or a share is (rounded down, as core takes ``dense_steps``)."""
-    if isinstance(skip_time_steps, float):
-        if not 0 <= skip_time_steps <= 1:
-            raise ConfigError(f"a share of the steps is from 0 to 1, found {skip_time_steps}")
-        return math.floor(skip_time_steps * steps)
-    if skip_time_steps < 0:
-        raise ConfigError(f"skip_time_steps is at least 0, found {skip_time_steps}")
-    return min(skip_time_steps, steps)
+def _check_tiles(
+    record: SearchRecord, wanted: tuple[tuple[int, ...] | None, ...], folder: Path
+) -> None:
+    """A window is a number of tiles: on other tiles it means something else."""
+    tile, tiles = (
+        each if each is not None else found
+        for each, found in zip(wanted, (record.tile, record.tiles), strict=True)
+    )
+    if (tile, tiles) != (record.tile, record.tiles):
+        raise ConfigError(
+            f"the search in {folder} was made on {words(record.tiles)} tiles of "
+            f"{words(record.tile)} tokens, and this is {words(tiles)} tiles of {words(tile)}: its "
+            "windows would mean something else",
+            hint=f"tile_size=[{','.join(map(str, record.tile))}]"
+            if tile != record.tile
+            else "the search's own width, height and number of frames, or a search with these",
+        )
+
+
+def _count(wanted: int | float, total: int) -> int:
+    """How many steps or layers a count or a share is (rounded down, as core does)."""
+    return math.floor(wanted * total) if isinstance(wanted, float) else min(wanted, total)
+
+
+def _save(target: Path, windows: Mapping[Place, Extent], overwrite: bool) -> Strategy:
+    """Write the strategy, and beside it what tells that it is tuning's own."""
+    digest_file = target.with_name(f"{target.name}.sha256")
+    if not overwrite:
+        _refuse_what_is_not_ours(target, digest_file, strategy_text(windows).encode())
+    strategy = save_strategy(target, windows)
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    # In this order two processes that tune alike, as ranks do, do not refuse each other's file.
+    write_whole(digest_file, f"{digest}  {target.name}\n")
+    return strategy
+
+
+def _refuse_what_is_not_ours(target: Path, digest_file: Path, text: bytes) -> None:
+    present = digest = None
+    with contextlib.suppress(OSError, ValueError):
+        present = target.read_bytes()
+    with contextlib.suppress(OSError, ValueError):
+        digest = digest_file.read_text().split()[0]
+    if present in (None, text) or hashlib.sha256(present or b"").hexdigest() == digest:
+        return
+    raise ConfigError(
+        f"tuning would write {target}, which is there already, and which tuning did not write or "
+        "which was changed since; it is left as it is",
+        hint="another mask_strategy_file_path; sta_mode=STA_inference, to use the file as it is; "
+        "or python -m polyattn_sta tune ... --overwrite",
+    )
 
 
 def _allowed(record: SearchRecord, max_density: float | None) -> list[int]:

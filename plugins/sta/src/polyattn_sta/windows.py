@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "Extent",
+    "counted",
     "default_candidates",
     "exceeds",
     "first_visible",
@@ -69,11 +70,17 @@ def words(window: Sequence[int]) -> str:
     return "x".join(map(str, window))
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def default_candidates(tiles: Extent) -> tuple[Extent, ...]:
-    """Windows of different shapes and like density, for a search on this tile grid.
+    """Windows of different shapes, for a search on this tile grid.
 
     For every choice of axes that are seen whole: the window that covers most of the tile grid
     without exceeding a fifth of it, and of those the one most alike in its proportions to the grid.
+    Densities differ, since sides are odd or whole: from 0.1 to 0.19 on 3 x 6 x 10 tiles.
     Where nothing is that small, the smallest window; on a grid of one tile, none.
     """
     axes = range(3)

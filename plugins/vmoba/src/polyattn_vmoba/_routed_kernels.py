@@ -71,7 +71,10 @@ def mark_share(
     kept = ((key > cut) & (others > 0)) | (tied & (before < needed))
     if ALL:
         kept = others > 0
-    kept = tl.where(flat, exists, kept) | is_own | (number >= chunks)
+    # NaN or infinite: it has to show, and a row of NaN may as well have all.
+    poisoned = exists & (size > 0) & ((score != score) | (score == infinity))
+    whole = flat | (tl.max(poisoned.to(tl.int32)) > 0)
+    kept = tl.where(whole, exists, kept) | is_own | (number >= chunks)
     tl.store(marks + pid * pitch + number, kept.to(tl.uint8), mask=number < blocks)
 
 

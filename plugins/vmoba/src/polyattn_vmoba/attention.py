@@ -62,7 +62,18 @@ def build(
     config: VmobaConfig, request: AttentionRequest, environment: Environment
 ) -> Implementation:
     """The implementation for one configuration; it keeps nothing but the parameters."""
+    _warn_of_unread(config)
     return VmobaAttention(config)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_unread(config: VmobaConfig) -> None:
+    """Once for each configuration."""
+    if unread := config.unread():
+        _log.warning(
+            "vmoba_attn: moba_select_mode=%s does not read %s",
+            config.moba_select_mode, ", ".join(unread),
+        )  # fmt: skip
 
 
 class VmobaAttention:

@@ -183,6 +183,17 @@ class VmobaConfig(ScheduledConfig):
             if getattr(self, f"{kind}_layer") and getattr(self, name) is None
         }
 
+    def unread(self) -> list[str]:
+        """Parameters that were given and that moba_select_mode has no use for.
+
+        No error: the published configurations hold those of both modes.
+        """
+        if self.moba_select_mode == "topk":
+            default = type(self).model_fields["moba_threshold"].default
+            return ["moba_threshold"] if self.moba_threshold != default else []
+        names = ("temporal_topk", "spatial_topk", "st_topk")
+        return [name for name in names if getattr(self, name) is not None]
+
     def rule(self, kind: Kind) -> LayerRule:
         """The parameters of one kind of layer, none of which is missing."""
         prefix = "st" if kind == "spatiotemporal" else kind

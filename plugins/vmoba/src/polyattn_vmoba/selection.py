@@ -3,8 +3,10 @@
 Six rules: a number of chunks (topk) or a share of the similarity (threshold), each within a pool of
 pairs (query, chunk) that compete. A query's own chunk always comes first, takes part in the count
 or the share, and is attended whatever the scores say. A chunk without visible keys, and a score
-that is not a finite number, takes no part. Of equal scores the earlier chunk wins (in a pool of
-more than one query: the earlier pair, queries first).
+that is not a finite number, takes no part. But where such a score is NaN or infinity, the chunk is
+attended, so that the result is NaN as that of dense attention is, and not that of other chunks. Of
+equal scores the earlier chunk wins (in a pool of more than one query: the earlier pair, queries
+first).
 
 The threshold rules, for a pool with scores g: n = (g - min g) / (max g - min g) is summed; of the
 pairs that are no query's own, the best are taken until they and the own ones hold the share tau of
@@ -44,17 +46,19 @@ def select_topk(
     batch, heads, queries, chunks = scores.shape
     is_own = _own_entries(own, chunks)
     first = torch.finfo(scores.dtype).max
-    ranked = scores.masked_fill(~_in_pool(scores, sizes), -torch.inf).masked_fill(is_own, first)
+    poisoned = _poisoned(scores, sizes)
+    ranked = scores.masked_fill(~_in_pool(scores, sizes), -torch.inf)
     topk = min(topk, chunks)
-    if pool == "query_head":
+    if pool == "query_head":  # a row of NaN has no use for its other places
+        ranked = ranked.masked_fill(poisoned, first).masked_fill(is_own, torch.inf)
         selected = select_top_k(ranked, topk)
         return selected.key_indices, selected.key_counts
-    flat = ranked.flatten(1 if pool == "overall" else 2)
+    flat = ranked.masked_fill(is_own, first).flatten(1 if pool == "overall" else 2)
     best, order = flat.sort(dim=-1, descending=True, stable=True)
     taken = best > -torch.inf
     taken[..., topk * queries * (heads if pool == "overall" else 1) :].fill_(False)
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, taken)
-    return _lists(mask.view(batch, heads, queries, chunks))
+    return _lists(mask.view(batch, heads, queries, chunks) | poisoned)
 
 
 def select_share(
@@ -65,7 +69,7 @@ def select_share(
     is_own = _own_entries(own, chunks).expand_as(scores)
     valid = _in_pool(scores, sizes)
     if pool == "query_head":
-        return _select_share_of_queries(scores, is_own, valid, share)
+        return _select_share_of_queries(scores, is_own, valid, _poisoned(scores, sizes), share)
     # One row per pool; float64, since a pool may sum up a hundred million numbers.
     dims = {"block": (0, 3, 1, 2), "head_global": (0, 1, 2, 3), "overall": (0, 1, 2, 3)}[pool]
     start = 1 if pool == "overall" else 2
@@ -85,11 +89,15 @@ def select_share(
     mask = torch.zeros_like(taken).scatter_(-1, order, taken) | own_rows
     shape = [scores.shape[dim] for dim in dims]
     back = [dims.index(dim) for dim in range(4)]
-    return _lists(mask.view(shape).permute(back))
+    return _lists(mask.view(shape).permute(back) | _poisoned(scores, sizes))
 
 
 def _select_share_of_queries(
-    scores: torch.Tensor, is_own: torch.Tensor, valid: torch.Tensor, share: float
+    scores: torch.Tensor,
+    is_own: torch.Tensor,
+    valid: torch.Tensor,
+    poisoned: torch.Tensor,
+    share: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A pool per query, by the smallest set that holds a share p, the same for all queries.
 
@@ -106,11 +114,17 @@ def _select_share_of_queries(
     selected = select_top_p(mass.log(), (1 + share) / 2, minimum_count=min(2, chunks))
     indices, counts = selected.key_indices, selected.key_counts
     every = torch.arange(chunks, dtype=torch.int32, device=scores.device)
-    return torch.where(flat, every, indices), counts.masked_fill(flat[..., 0], chunks)
+    whole = flat | poisoned.any(-1, keepdim=True)  # a row of NaN may as well have all
+    return torch.where(whole, every, indices), counts.masked_fill(whole[..., 0], chunks)
 
 
 def _in_pool(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return scores.isfinite() & (sizes > 0).unsqueeze(2)
+
+
+def _poisoned(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Scores that dense attention would make NaN of a row: NaN and infinity, of visible chunks."""
+    return ~(scores < torch.inf) & (sizes > 0).unsqueeze(2)
 
 
 def _own_entries(own: torch.Tensor, chunks: int) -> torch.Tensor:

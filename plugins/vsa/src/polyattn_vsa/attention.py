@@ -46,15 +46,36 @@ BLOCK = math.prod(TILE)
 
 
 def build(config: VsaConfig, request: AttentionRequest, environment: Environment) -> Implementation:
-    """The implementation for one request; it keeps nothing but the parameters."""
+    """The implementation for one request; it keeps nothing but the parameters.
+
+    Raises :class:`~polyattn.errors.InputError` for a gate that does not fit q: here, and not when
+    it is used, so that it is told before the steps that are dense.
+    """
+    for name, (shape, dtype) in zip(request.extras, request.extra_forms, strict=False):
+        if name == "gate":
+            _check_gate(shape, dtype, request)
     return VsaAttention(config)
+
+
+def _check_gate(shape: tuple[int, ...], dtype: str, request: AttentionRequest) -> None:
+    wanted = (request.batch, request.query_length, request.heads, request.head_dim)
+    if shape != wanted:
+        raise InputError(
+            "the gate has a number for each number of the output, [B, S, H, D] = "
+            f"{list(wanted)}; found {list(shape)}",
+            hint="gate = to_gate_compress(hidden_states).unflatten(-1, (H, D))",
+        )
+    if dtype != request.dtype:
+        raise InputError(
+            f"the gate shares q's dtype {request.dtype}, found {dtype}", hint="gate.to(q.dtype)"
+        )
 
 
 class VsaAttention:
     """See :class:`polyattn.contract.Implementation`; ``extras["gate"]`` is ``[B, S, H, D]``.
 
-    Raises :class:`~polyattn.errors.InputError` for a gate that does not fit q, and for what
-    :func:`~polyattn.video.video_sequence` refuses.
+    Raises :class:`~polyattn.errors.InputError` for what :func:`~polyattn.video.video_sequence`
+    refuses.
     """
 
     def __init__(self, config: VsaConfig) -> None:
@@ -65,8 +86,6 @@ class VsaAttention:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         video = video_sequence(q, k, call)
         gate = call.extras.get("gate")
-        if gate is not None:
-            _check_gate(gate, q)
         has_coarse = self.config.has_coarse_branch(gate is not None)
         layout, heads = _layout(video, q.device), q.shape[2]
         tiles = len(layout.tiling.tile_blocks)
@@ -96,24 +115,6 @@ class VsaAttention:
             "provider": which_provider(plan, q, padded_k, padded_v).name,
         }
         return out if lse is None else (out, lse)
-
-
-def _check_gate(gate: torch.Tensor, q: torch.Tensor) -> None:
-    if gate.shape != q.shape:
-        raise InputError(
-            "the gate has a number for each number of the output, [B, S, H, D] = "
-            f"{list(q.shape)}; found {list(gate.shape)}",
-            hint="gate = to_gate_compress(hidden_states).unflatten(-1, (H, D))",
-        )
-    if gate.dtype is not q.dtype:
-        raise InputError(
-            f"the gate shares q's dtype {q.dtype}, found {gate.dtype}", hint="gate.to(q.dtype)"
-        )
-    if gate.requires_grad and torch.is_grad_enabled():
-        raise InputError(
-            "video_sparse_attn has no backward pass, and the gate needs a gradient",
-            hint="with torch.no_grad(): ...",
-        )
 
 
 # --- where tokens lie -----------------------------------------------------------------------------

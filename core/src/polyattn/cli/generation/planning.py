@@ -439,7 +439,12 @@ def _check_selection(
     request: GenerationRequest, values: Mapping[str, Any], parts: _Parts, device: str, dtype: str,
     processes: Processes,
 ) -> None:  # fmt: skip
-    """Select for every attention the run will make; an impossible one raises with all reasons."""
+    """Select for every attention the run will make, and build it; what is impossible raises.
+
+    Built, so that what a backend's own files lack is told before the model is loaded.
+    """
+    from polyattn.context import forward_context
+    from polyattn.dispatch import bind
     from polyattn.integrations.sites import call_sites
     from polyattn.parallel.layers import refuse_grid_methods
 
@@ -452,29 +457,18 @@ def _check_selection(
     tokens = math.prod(grid)
     for config in parts.transformers:
         heads = -(-int(config.get("num_attention_heads", 40)) // processes.ulysses_degree)
+        known = {"num_steps": values["num_inference_steps"], "num_layers": config.get("num_layers")}
         for role, keys in (("self", tokens), ("cross", values["max_sequence_length"])):
             site = sites.get(role, sites[""])
             around = processes.ring_degree > 1 and role == "self"
             if around:
                 refuse_grid_methods(site, role)
-            _select_and_load(
-                site,
-                AttentionRequest(
-                    batch=1, query_length=tokens, key_length=keys, heads=heads, kv_heads=heads,
-                    head_dim=int(config.get("attention_head_dim", 128)), dtype=dtype,
-                    device=device, role=role, grid=None if around else grid, needs_lse=around,
-                    first_head=0 if processes.ulysses_degree > 1 else None,
-                ),
+            shown = None if around else grid
+            wanted = AttentionRequest(
+                batch=1, query_length=tokens, key_length=keys, heads=heads, kv_heads=heads,
+                head_dim=int(config.get("attention_head_dim", 128)), dtype=dtype,
+                device=device, role=role, grid=shown, needs_lse=around,
+                first_head=0 if processes.ulysses_degree > 1 else None,
             )  # fmt: skip
-
-
-def _select_and_load(site: Any, request: AttentionRequest) -> None:
-    from polyattn.discovery import registry
-    from polyattn.selection import load_factory, select
-
-    def choose() -> Any:
-        return select(site.backend, request=request, config=site.config, scope=site.scope)
-
-    chosen = choose()
-    if load_factory(registry().backends[chosen.chosen]) is None:
-        choose()  # says that it does not load
+            with forward_context(role=role, grid=shown, **known):
+                bind(site, wanted)

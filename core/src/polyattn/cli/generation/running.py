@@ -112,7 +112,7 @@ def run_generation(plan: Plan, progress: Progress | None = None) -> Result | Non
     ):
         clock.begin("load")
         pipe = _load(plan)
-        notes = [*plan.notes, *_prompt_notes(pipe, plan)]
+        notes = [*plan.notes, *_attach_gates(pipe, plan), *_prompt_notes(pipe, plan)]
         with _attention(pipe, plan, mesh) as attention:
             clock.begin("text")
             frames = _run(pipe, plan, clock)
@@ -173,6 +173,28 @@ def _quiet_libraries(*, downloads: bool) -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+def _attach_gates(pipe: Any, plan: Plan) -> list[str]:
+    """Put back the model's gates, which diffusers drops, where the backend takes a gate."""
+    if plan.backend == "diffusers" or not plan.model.local:
+        return []
+    from polyattn.integrations.diffusers import attach_gates
+    from polyattn.integrations.gates import saved_gates
+    from polyattn.selection import asked_for
+
+    wanted = None if plan.attention_backend == "auto" else plan.attention_backend
+    spec = asked_for(wanted, "self", "model")
+    if spec is None or "gate" not in spec.capabilities.extras:
+        return []
+    notes = []
+    for name, model in pipe.components.items():
+        if name.startswith("transformer") and model is not None:
+            gates = saved_gates(Path(plan.model.location) / name)
+            if gates:
+                attach_gates(model, gates)
+                notes.append(f"{name} has gates ({len(gates)} tensors), which {spec.name} uses")
+    return notes
 
 
 def _prompt_notes(pipe: Any, plan: Plan) -> list[str]:
