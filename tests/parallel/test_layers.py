@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, drawn
+from parallel_cases import CASES, PLUGINS, drawn
 
 import polyattn
 from polyattn.errors import InputError
 from polyattn.parallel import sequence_mesh, shard_lengths
 from polyattn.parallel.collectives import head_shares
 
-SCRIPT = Path(__file__).with_name("cases.py")
+SCRIPT = Path(__file__).with_name("parallel_cases.py")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -36,9 +36,6 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ]  # fmt: skip
     told = [each.communicate(timeout=500)[0] for each in running]
     return folder, told
-
-
-PLUGINS = "sdpa,fa,sta,vsa,vmoba,svg2"
 
 
 @pytest.mark.parametrize("name", CASES)

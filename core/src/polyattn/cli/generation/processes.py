@@ -60,9 +60,9 @@ def processes_of(
         if given is not None and given < 1:
             raise GenerateError(f"{option} is at least 1, found {given}", hint=f"{option} 1")
     if ring_degree is None:
-        ring_degree = count // ulysses_degree if ulysses_degree is not None else 1
+        ring_degree = max(1, count // (ulysses_degree or count))
     if ulysses_degree is None:
-        ulysses_degree = count // ring_degree
+        ulysses_degree = max(1, count // ring_degree)
     product = ulysses_degree * ring_degree
     if product != count:
         wanted = max(product, 1)

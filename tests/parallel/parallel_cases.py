@@ -33,6 +33,7 @@ import tiny_wan
 
 CASES: dict[str, Callable[[int], None]] = {}
 TIMEOUT = timedelta(seconds=60)
+PLUGINS = "sdpa,fa,sta,vsa,vmoba,svg2"
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -542,7 +543,7 @@ def agreements_are_made_once(ranks: int) -> None:
 
 
 def main() -> None:
-    """Run as ``cases.py RANK RANKS FOLDER``: every case in turn, errors as JSON in the folder."""
+    """``parallel_cases.py RANK RANKS FOLDER``: every case in turn, errors as JSON in the folder."""
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
