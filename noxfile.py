@@ -150,20 +150,36 @@ def none(session: nox.Session) -> None:
 
 
 @nox.session(python=TORCH_PYTHON)
-@nox.parametrize("plugin", PLUGINS, ids=PLUGINS)
-def alone(session: nox.Session, plugin: str) -> None:
-    """Core and one plugin with what it needs, from wheels: lists that one, passes its tests."""
-    folder = ROOT / "plugins" / plugin / "tests"
-    # Some tests restate a method in numpy, which no plugin needs.
-    restated = any("import numpy" in file.read_text() for file in folder.glob("*.py"))
-    install_as_users_do(session, f"polyattn[{plugin}]", *PYTEST, *(["numpy"] if restated else []))
-    listed = json.loads(session.run("polyattn", "backends", "--json", silent=True) or "")
-    found = {each["distribution"] for each in listed["backends"]}
-    if found != {f"polyattn-{plugin}"} or listed["findings"]:
-        session.error(f"expected polyattn-{plugin} alone and no findings, found {listed}")
-    # File by file: the conformance kit's last test judges what ran before it in its process.
-    workers = ["-n", "2", "--dist", "loadfile"]
-    session.run("python", "-m", "pytest", *workers, str(folder), *session.posargs, env=ONE_THREAD)
+def alone(session: nox.Session) -> None:
+    """Core and one plugin with what it needs, from wheels: lists that one, passes its tests.
+
+    For each plugin in turn (arguments: for these). Plugins that need the same of others share an
+    environment, in which only our own distributions change.
+    """
+    house = build_wheels(session)
+    ours = {"polyattn", *(f"polyattn-{name}" for name in (*PLUGINS, "kernels", "demo"))}
+    wanted = [each for each in PLUGINS if each in session.posargs or not session.posargs]
+    installed: list[str] | None = None
+    for plugin in sorted(wanted, key=lambda each: needs(house, f"polyattn[{each}]")[1]):
+        folder = ROOT / "plugins" / plugin / "tests"
+        # Some tests restate a method in numpy, which no plugin needs.
+        restated = any("import numpy" in file.read_text() for file in folder.glob("*.py"))
+        tools = [*PYTEST, *(["numpy"] if restated else [])]
+        others = [*needs(house, f"polyattn[{plugin}]")[1], *tools]
+        # Whatever an earlier plugin, or an earlier run, has left. torch takes long to install.
+        there = session.run("python", "-m", "pip", "list", "--format=json", silent=True) or "[]"
+        names = {each["name"] for each in json.loads(there)} - {"torch", "pip"}
+        if removed := sorted(names & ours if installed == others else names):
+            session.run("python", "-m", "pip", "uninstall", "-q", "-y", *removed)
+        install_as_users_do(session, f"polyattn[{plugin}]", *tools)
+        installed = others
+        listed = json.loads(session.run("polyattn", "backends", "--json", silent=True) or "")
+        found = {each["distribution"] for each in listed["backends"]}
+        if found != {f"polyattn-{plugin}"} or listed["findings"]:
+            session.error(f"expected polyattn-{plugin} alone and no findings, found {listed}")
+        # File by file: the conformance kit's last test judges what ran before it in its process.
+        workers = ["-n", "2", "--dist", "loadfile"]
+        session.run("python", "-m", "pytest", *workers, str(folder), env=ONE_THREAD)
 
 
 @nox.session(python=TORCH_PYTHON)
