@@ -15,6 +15,8 @@ from polyattn.testing import fake_distribution
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(Path(sys.executable).with_name("polyattn"))
+SEVERAL = "# torchrun --nproc-per-node 2 "
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -25,13 +27,20 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/reference.md", "demo/README.md", "kernels/README.md"]
-)
-def test_python_blocks_run(page: str) -> None:
+    "page",
+    ["README.md", "docs/reference.md", "docs/parallelism.md", "demo/README.md",
+     "kernels/README.md"],
+)  # fmt: skip
+def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     found = blocks(ROOT / page, "python")
     assert found
     for block in found:
-        answer = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+        command = [sys.executable, "-c", block]
+        if block.startswith(SEVERAL):  # the first line says how the file is run
+            script = tmp_path / block.splitlines()[0].split()[-1]
+            script.write_text(block)
+            command = [sys.executable, *TORCHRUN, str(script)]
+        answer = subprocess.run(command, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr
 
 
@@ -48,10 +57,16 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_run(command: str, tmp_path: Path) -> None:
     program, *words = shlex.split(command)
-    assert program == "polyattn"
+    several = "torchrun --nproc-per-node 2 -m polyattn"
+    start = [PROGRAM]
+    if command.startswith(several):
+        words = shlex.split(command.removeprefix(several))
+        start = [sys.executable, *TORCHRUN, "-m", "polyattn"]
+    else:
+        assert program == "polyattn"
     if words[0] == "generate":  # as written, but for the number of steps
         words += ["--num-inference-steps", "1"]
-    answer = subprocess.run([PROGRAM, *words], capture_output=True, text=True, cwd=tmp_path)
+    answer = subprocess.run([*start, *words], capture_output=True, text=True, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     if words[0] == "generate":
         assert (tmp_path / "polyattn.mp4").stat().st_size > 1000
