@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from polyattn.errors import InputError
@@ -59,7 +60,8 @@ def sequence_mesh(
             f"{ulysses} x {ring_degree}"
         )
     if device_type is None:
-        device_type = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+        with_gpus = torch.cuda.is_available() and dist.get_backend() != "gloo"
+        device_type = "cuda" if with_gpus else "cpu"
     return init_device_mesh(device_type, (ring_degree, ulysses), mesh_dim_names=DIMENSIONS)
 
 
