@@ -224,6 +224,17 @@ def hiding_table(speeds: Speeds) -> str:
     return table(["link", "GB/s a GPU", "tokens of a part, at least"], rows)
 
 
+def crossing_table(speeds: Speeds) -> str:
+    """Below which rate of its link a ring is faster than Ulysses, heads coming out even."""
+    rows = []
+    for gpus in (2, 4, 8):
+        sent = 4 * (gpus - 1) / gpus**2 - 2 * (gpus - 1) / gpus * (1 - speeds.hidden)
+        copied = merged(gpus) / gpus / speeds.merging - 8 / gpus / speeds.packing
+        crossing = f"{sent / copied:,.0f}" if sent > 0 and copied > 0 else "never"
+        rows.append([f"{gpus}", crossing])
+    return table(["GPUs", "the ring is faster below, GB/s a GPU"], rows)
+
+
 def check_table(data: Mapping[str, Any], speeds: Speeds) -> str:
     """The model beside every measured size, in ms."""
     ranks = data["ranks"]
@@ -240,6 +251,34 @@ def check_table(data: Mapping[str, Any], speeds: Speeds) -> str:
                 rows.append([each["size"], kind, f"{told:.2f}", f"{real:.2f}",
                              f"{100 * (told / real - 1):+.1f} %"])  # fmt: skip
     return table(["size", "way", "model, ms", "measured, ms", "difference"], rows)
+
+
+def measured_table(data: Mapping[str, Any]) -> str:
+    """Every call and forward that was measured, on one GPU and on all."""
+    rows = []
+    for each in by_size(data.get("attention", [])):
+        times = each["ms"]
+        rows.append([f"attention, {each['backend']}, {each['size']}", *compared(
+            times, "one", "ulysses", "ring"
+        )])  # fmt: skip
+    for each in data.get("steps", []):
+        times = each.get("ms", {})
+        first, way = next(iter(times), ""), f"{data['ranks']} x polyattn, "
+        rows.append([f"a forward, {each['case']}", *compared(
+            times, first, f"{way}Ulysses", f"{way}ring"
+        )])  # fmt: skip
+    headings = ["what", "one GPU, ms", "Ulysses, ms (speed-up)", "ring, ms (speed-up)"]
+    return table(headings, rows)
+
+
+def compared(times: Mapping[str, float], one: str, *others: str) -> list[str]:
+    alone = times.get(one)
+    cells = ["-" if alone is None else f"{alone:.1f}"]
+    for each in others:
+        value = times.get(each)
+        up = "" if alone is None or value is None else f" ({alone / value:.2f})"
+        cells.append("-" if value is None else f"{value:.1f}{up}")
+    return cells
 
 
 def text(data: Mapping[str, Any] | None) -> str:
@@ -259,12 +298,17 @@ def text(data: Mapping[str, Any] | None) -> str:
         "is counted.",
         "A rotation hides behind attention from so many tokens in a part of the ring:",
         hiding_table(speeds),
+        "A ring whose rotations are hidden still merges its parts; Ulysses waits for what it\n"
+        "sends, and copies less. With one rate for all GPUs, and heads that come out even:",
+        crossing_table(speeds),
     ]
     if data and data.get("attention"):
         parts += [
             f"The model beside what was measured on {data['ranks']} GPUs (the speed of one GPU "
             "taken from the same row):",
             check_table(data, speeds),
+            f"All of what was measured on {data['ranks']} GPUs:",
+            measured_table(data),
         ]
     return "\n\n".join(parts)
 
@@ -285,7 +329,7 @@ def main() -> None:
             raise SystemExit(f"{arguments.write} has no lines {BEGIN} and {END}")
         # A function, since a replacement text has escapes of its own.
         filled = re.sub(
-            f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{made}\n{END}", page,
+            f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{made}\n\n{END}", page,
             flags=re.DOTALL,
         )  # fmt: skip
         arguments.write.write_text(filled)
