@@ -27,10 +27,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page",
-    ["README.md", "docs/reference.md", "docs/parallelism.md", "demo/README.md",
-     "kernels/README.md"],
-)  # fmt: skip
+    "page", ["README.md", "docs/reference.md", "demo/README.md", "kernels/README.md"]
+)
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     found = blocks(ROOT / page, "python")
     assert found

@@ -26,6 +26,8 @@ from polyattn.parallel.mesh import Group
 
 __all__ = ["Heads", "Layout", "Rotation", "head_shares", "to_heads", "to_sequence", "watched"]
 
+HEAD_START = 60_000  # clock cycles, some 35 us; measured in bench/results/ring_overlap.md
+
 Heads = tuple[int, ...]  # numbers of heads, in order; a head may be there several times
 
 
@@ -287,6 +289,10 @@ class Rotation:
         ]  # fmt: skip
         with watched("passing keys and values on", group):
             self._works = dist.batch_isend_irecv(moves) if moves else []
+        if block.is_cuda:
+            # The move's kernel needs a few multiprocessors. An attention kernel that takes them all
+            # first keeps it waiting until its own end, and nothing overlaps.
+            torch.cuda._sleep(HEAD_START)
 
     def arrived(self) -> torch.Tensor:
         with watched("passing keys and values on", self._group):
