@@ -507,6 +507,10 @@ def wrong_arguments(ranks: int) -> None:
     refused(InputError, "lengths has the tokens", lambda: layer(*tensors, lengths=(1,)))
     refused(InputError, "<class 'int'>", lambda: layer(*tensors, prefix=(1, 2, 3)))
     refused(InputError, "q, k and v, found", lambda: layer(*tensors, suffix=text[0]))
+    other = tuple(x.float() for x in text)
+    refused(InputError, "shares dtype", lambda: layer(*tensors, prefix=other))
+    grouped = shards(drawn(24, 4, 2))
+    refused(InputError, "was not asked for", lambda: layer(*grouped))
     causal = polyattn.UlyssesAttention(is_causal=True)
     refused(InputError, "their place is unclear", lambda: causal(*tensors, prefix=text))
     refused(InputError, "neither prefix", lambda: layer(*tensors, prefix=text,

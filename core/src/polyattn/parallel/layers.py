@@ -24,6 +24,7 @@ from polyattn.parallel.collectives import Layout, head_shares, to_heads, to_sequ
 from polyattn.parallel.mesh import SequenceGroups, sequence_groups
 from polyattn.parallel.ring import RingLayout, ring_attention
 from polyattn.selection import asked_for, local_environment
+from polyattn.settings import current_settings, forced
 
 __all__ = ["USPAttention", "UlyssesAttention", "refuse_grid_methods"]
 
@@ -169,6 +170,7 @@ class USPAttention(LocalAttention):
         error: PolyattnError | None = None
         try:
             _check_shard(q, k, v, extras)
+            _check_groups(q, k, self.enable_gqa)
             _check_replicated(q, k, v, prefix, suffix, self.is_causal, extras)
         except PolyattnError as problem:
             error = problem
@@ -182,6 +184,7 @@ class USPAttention(LocalAttention):
                 sorted(extras or ()),
                 None if context is None else (context.role, context.grid, context.text),
                 torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)),
+                repr(current_settings()), forced(),
             )  # fmt: skip
         if lengths is None:
             header = [0, 0, 0] if error is not None else [1, q.shape[1], fingerprint(kind)]
@@ -437,6 +440,15 @@ def _check_shard(q: Any, k: Any, v: Any, extras: Mapping[str, torch.Tensor] | No
             )
 
 
+def _check_groups(q: torch.Tensor, k: torch.Tensor, enable_gqa: bool) -> None:
+    if q.shape[2] != k.shape[2] and not enable_gqa:
+        raise InputError(
+            f"{q.shape[2]} query heads share {k.shape[2]} key heads, and grouped-query attention "
+            "was not asked for",
+            hint="enable_gqa=True",
+        )
+
+
 def _check_replicated(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: Tensors | None,
     suffix: Tensors | None, is_causal: bool, extras: Mapping[str, torch.Tensor] | None,
@@ -453,6 +465,11 @@ def _check_replicated(
                 raise InputError(
                     f"{name} has the batch, heads and head dimension of the shards, "
                     f"{list(shard.shape)}; found {found}"
+                )
+            if own.dtype is not shard.dtype or own.device != shard.device:
+                raise InputError(
+                    f"{name} shares dtype and device with the shards, {shard.dtype} on "
+                    f"{shard.device}; found {own.dtype} on {own.device}"
                 )
         if len({each.shape[1] for each in tokens}) > 1:
             raise InputError(f"q, k and v of {name} have the same tokens")
