@@ -56,10 +56,10 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return float(longest)
 
 
-def call_ring(layer: Any, own: Any, lengths: Any, rotation: Any, cycles: int) -> None:
+def call_ring(layer: Any, own: Any, rotation: Any, cycles: int) -> None:
     ring.Rotation, collectives.HEAD_START = rotation, cycles
     with torch.no_grad():
-        layer(*own, lengths=lengths)
+        layer(*own)
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
         for backend in BACKENDS:
             layer = polyattn.USPAttention(backend, mesh=mesh)
 
-            around = partial(call_ring, layer, own, lengths)
+            around = partial(call_ring, layer, own)
             calls: dict[str, Callable[[], Any]] = {
                 "ring": partial(around, Rotation, head_start),
                 "no head start": partial(around, Rotation, 0),

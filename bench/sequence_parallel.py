@@ -1,8 +1,8 @@
 """Attention and a denoising step on several GPUs against one: speed-up, and what it is lost to.
 
 On every GPU of a host, one process each. First the parallel layers are held against one process.
-Then, at video lengths: a call of attention on one GPU and on all of them (Ulysses with and without
-declared lengths, a ring), with the pieces of each call alone: all-to-all, rotation, attention
+Then, at video lengths: a call of attention on one GPU and on all of them (Ulysses,
+a ring), with the pieces of each call alone: all-to-all, rotation, attention
 without communication; and a whole forward of `WanTransformer3DModel` as published for Wan 2.1 1.3B
 with random weights, spread by `polyattn.apply(model, mesh=...)` and by diffusers' own context
 parallelism. A time is the longest of the ranks', the median of several rounds.
@@ -271,7 +271,7 @@ def check(job: Job, meshes: Meshes, backends: list[str]) -> None:
                         span = polyattn.TextSpan(0 if replicated == "prefix" else tokens, words)
                     with polyattn.forward_context(grid=grid, step=0, layer=0, text=span):
                         wanted = local(*whole)
-                        out = layer(*shards(job, video, lengths), lengths=lengths, **more)
+                        out = layer(*shards(job, video, lengths), **more)
                     first = words if replicated == "prefix" else 0
                     own = shards(job, (wanted[:, first : first + tokens],), lengths)[0]
                     if replicated is None:
@@ -313,7 +313,7 @@ def sizes(tiny: bool) -> list[Size]:
     return [Size((21, 45, 80), 12), Size((21, 45, 80), 40, repeats=5), Size((21, 30, 52), 12)]
 
 
-ONE, ULYSSES, ASKED, RING = "one", "ulysses", "ulysses, lengths not declared", "ring"
+ONE, ULYSSES, RING = "one", "ulysses", "ring"
 RING_COMPUTE = "ring, attention alone"
 IN, OUT, SEND_IN, SEND_OUT, ROTATION = (
     "all-to-all in", "all-to-all out", "sending in", "sending out", "rotation",
@@ -339,8 +339,7 @@ def attention_calls(
 
     calls = {
         ONE: (placed(lambda: local(*whole)), False),
-        ULYSSES: (placed(lambda: ulysses(*own, lengths=lengths)), True),
-        ASKED: (placed(lambda: ulysses(*own)), True),
+        ULYSSES: (placed(lambda: ulysses(*own)), True),
     }
     if backend == "sta":
         return calls
@@ -356,7 +355,7 @@ def attention_calls(
         assert state is not None
         return state[0].to(own[0].dtype)
 
-    calls[RING] = (placed(lambda: ring(*own, lengths=lengths)), True)
+    calls[RING] = (placed(lambda: ring(*own)), True)
     calls[RING_COMPUTE] = (attention_alone, False)  # on a part, which has no grid
     return calls
 
@@ -405,7 +404,7 @@ def communication_calls(
 
 
 def asking(job: Job, meshes: Meshes, repeats: int) -> float:
-    """Microseconds of the exchange between CPUs in a call whose lengths are not declared."""
+    """Microseconds of the exchange between CPUs in every call."""
     groups = sequence_groups(meshes.ulysses, ring=True)
     times = []
     for _ in range(repeats):
@@ -463,7 +462,7 @@ def attention(job: Job, meshes: Meshes, backends: list[str]) -> None:
             })  # fmt: skip
         for backend in backends:
             own = {name: times[f"{backend}: {name}"]
-                   for name in (ONE, ULYSSES, ASKED, RING, RING_COMPUTE)
+                   for name in (ONE, ULYSSES, RING, RING_COMPUTE)
                    if f"{backend}: {name}" in times}  # fmt: skip
             if own:
                 rows.append(told | {"backend": backend, "ms": own})
@@ -589,13 +588,13 @@ def shown(times: Mapping[str, float], name: str) -> str:
 
 def attention_table(job: Job, size: str | None = None) -> str:
     headings = ["size", "backend", "one GPU, ms", "Ulysses, ms", "speed-up",
-                "lengths not declared, ms", "speed-up", "ring, ms", "speed-up"]  # fmt: skip
+                "ring, ms", "speed-up"]  # fmt: skip
     rows = []
     for each in job.data.get("attention", []):
         if size in (None, each["size"]):
             times = each["ms"]
             row = [each["size"], each["backend"], shown(times, ONE)]
-            for name in (ULYSSES, ASKED, RING):
+            for name in (ULYSSES, RING):
                 row += [shown(times, name), ratio(times, ONE, name)]
             rows.append(row)
     return table(headings, rows)
@@ -702,7 +701,7 @@ def page(job: Job) -> str:
         f"{communication_table(job)}\n\n{shares_table(job)}",
     ]  # fmt: skip
     if asked is not None:
-        parts.append(f"Asking for undeclared lengths, between CPUs: {asked:.0f} us a call.")
+        parts.append(f"The exchange between CPUs in every call: {asked:.0f} us.")
     if job.data.get("steps"):
         parts.append(
             "## A denoising step\n\nOne forward (one guidance branch of one step) of the model "

@@ -52,7 +52,7 @@ from polyattn.integrations.runs import CacheContextWatch, RunTracker, announced_
 from polyattn.integrations.sites import call_sites
 from polyattn.integrations.spreading import Spreading, mesh_of
 from polyattn.parallel.layers import USPAttention
-from polyattn.parallel.mesh import shard_lengths
+from polyattn.parallel.mesh import sequence_groups
 from polyattn.reporting import Report, Row, reporting_to
 from polyattn.selection import asked_for
 
@@ -79,8 +79,10 @@ def apply(
     at the first call, since a pipeline may still move to another device.
 
     ``mesh`` (:func:`polyattn.parallel.sequence_mesh`, on every process of a ``torchrun`` job)
-    spreads the denoisers' sequence over its processes; every process then has the whole result. A
-    model for which diffusers' ``enable_parallelism`` was called before is served as it is.
+    spreads the denoisers' sequence over its processes, which all call the pipeline with the same
+    inputs and seeds; every process then has the whole result, for inference. Its report is that of
+    its own heads. A model for which diffusers' ``enable_parallelism`` was called before is served
+    as it is.
 
     Raises :class:`~polyattn.errors.BridgeError` for what cannot be bridged: an unknown family, a
     compiled model, tensor parallelism, a diffusers that looks different.
@@ -388,14 +390,7 @@ class _Call:
         mask: torch.Tensor | None, is_causal: bool, scale: float | None,
     ) -> torch.Tensor:  # fmt: skip
         layer = self.binding.layer(is_causal, scale)
-        context = current_context()
-        assert context is not None
-        lengths = None
-        if context.grid is not None:  # how diffusers' hooks have split it
-            lengths = shard_lengths(math.prod(context.grid), layer.groups.size)
-        result: torch.Tensor = layer(
-            query, key, value, attn_mask=mask, extras=self.extras(query), lengths=lengths
-        )
+        result: torch.Tensor = layer(query, key, value, attn_mask=mask, extras=self.extras(query))
         return result
 
     def extras(self, query: torch.Tensor) -> dict[str, torch.Tensor] | None:
@@ -505,13 +500,20 @@ class _Attachment:
             )
         arguments = _by_name(model, args, kwargs)
         timestep = _largest(self.family.timestep(model, arguments))
+        grid = self.family.grid(model, arguments)
+        if self.mesh is not None:
+            size = sequence_groups(self.mesh, ring=True).size
+            if math.prod(grid) < size:
+                raise BridgeError(
+                    f"{math.prod(grid)} tokens cannot be spread over {size} processes"
+                )
         moment = self.tracker.moment(self.component, timestep, announced_for(model))
         self._forward.known = {
             "step": moment.step,
             "num_steps": moment.num_steps,
             "timestep": timestep,
             "branch": moment.branch,
-            "grid": self.family.grid(model, arguments),
+            "grid": grid,
             "run_state": moment.run_state,
         }
 

@@ -54,6 +54,11 @@ class Spreading:
         from diffusers.hooks.context_parallel import apply_context_parallel
 
         groups = sequence_groups(mesh, ring=True)
+        if getattr(mesh, "mesh_dim_names", None) != DIMENSIONS:
+            raise BridgeError(
+                f"a pipeline takes a mesh of the dimensions {DIMENSIONS}, found {mesh!r}",
+                hint="mesh=polyattn.parallel.sequence_mesh()",
+            )
         self.model, self.mesh, self.users = model, mesh, 0
         self.plan = getattr(model, "_cp_plan", None)
         if self.plan is None:
@@ -120,6 +125,12 @@ def _join_with_any_transport(module: Any, groups: SequenceGroups, group: Any) ->
     class Joining(ContextParallelGatherHook):  # type: ignore[misc]
         def post_forward(self, module: Any, output: Any) -> Any:
             outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+            if any(each.requires_grad for each in outputs):
+                raise BridgeError(
+                    "a model that is spread over processes is for inference: no gradient passes "
+                    "where its tokens are joined",
+                    hint="torch.no_grad()",
+                )
             joined = [
                 each if place is None else _joined(each, place.gather_dim, groups, group)
                 for each, place in zip(outputs, self.metadata, strict=True)

@@ -1,8 +1,8 @@
 """What the processes of a job have to agree on before tensors travel, and how a disagreement ends.
 
 Values are exchanged between CPUs: a rank that has failed says so here, and the others raise instead
-of waiting for it. Two things are exchanged: in every call whose shards are not declared, a few
-numbers (:func:`shard_header`); and once for every new kind of call, what each rank would run and on
+of waiting for it. Two things are exchanged: in every call a few numbers
+(:func:`exchange_headers`); and once for every new kind of call, what each rank would run and on
 what (:func:`agree`), so that no rank runs another backend than the rest.
 """
 
@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from polyattn.discovery import registry
 from polyattn.environment import Environment
-from polyattn.errors import ParallelError, PolyattnError
+from polyattn.errors import ParallelError
 from polyattn.parallel.collectives import watched
 from polyattn.parallel.mesh import SequenceGroups
 
-__all__ = ["agree", "environment_facts", "exchange_headers"]
+__all__ = ["agree", "environment_facts", "exchange_headers", "fingerprint"]
 
 TIMEOUT = timedelta(minutes=10)  # where the group itself tells none
 
@@ -68,11 +68,11 @@ def agree(groups: SequenceGroups, decide: Callable[[], dict[str, str]]) -> None:
 
     A rank on which ``decide`` raises raises that; the others say which rank it was and why.
     """
-    error: PolyattnError | None = None
+    error: Exception | None = None
     try:
         found: dict[str, str] = decide()
-    except PolyattnError as problem:
-        error, found = problem, {"error": str(problem)}
+    except Exception as problem:
+        error, found = problem, {"error": f"{type(problem).__name__}: {problem}"}
     all_found = _gathered(groups, found)
     if error is not None:
         raise error
@@ -84,7 +84,7 @@ def agree(groups: SequenceGroups, decide: Callable[[], dict[str, str]]) -> None:
         different = [name for name in found if other.get(name) != found[name]]
         if different:
             words = "; ".join(
-                f"{name}: {found[name]} here (rank {own}), {other.get(name, 'nothing')} on rank "
+                f"{name}: {found[name]} here (shard {own}), {other.get(name, 'nothing')} for shard "
                 f"{index}"
                 for name in different
             )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from polyattn.errors import ParallelError
 from polyattn.parallel.mesh import Group
@@ -131,6 +132,7 @@ class _ToHeads(torch.autograd.Function):
         return _to_heads(shards, layout, first, last)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         layout, (first, last) = ctx.layout, ctx.rows
         stop = first + layout.length
@@ -153,6 +155,7 @@ class _ToSequence(torch.autograd.Function):
                                                     for shares in layout.heads]))  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         return (None, *_to_heads(gradients, ctx.layout))
 
@@ -292,7 +295,7 @@ class Rotation:
         if block.is_cuda:
             # The move's kernel needs a few multiprocessors. An attention kernel that takes them all
             # first keeps it waiting until its own end, and nothing overlaps.
-            torch.cuda._sleep(HEAD_START)
+            torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
 
     def arrived(self) -> torch.Tensor:
         with watched("passing keys and values on", self._group):

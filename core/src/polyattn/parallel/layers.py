@@ -7,16 +7,17 @@ sent; what one rank refuses, the others refuse as well where they would otherwis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from polyattn.context import ForwardContext, current_context, entered
 from polyattn.contract import default_scale
 from polyattn.dispatch import CallSite, Output, attend, decide
-from polyattn.errors import BackendUnavailableError, InputError, ParallelError, PolyattnError
+from polyattn.errors import BackendUnavailableError, InputError, ParallelError
 from polyattn.inputs import view_mask
 from polyattn.layers import LocalAttention
 from polyattn.parallel.agreement import agree, environment_facts, exchange_headers, fingerprint
@@ -27,6 +28,8 @@ from polyattn.selection import asked_for, local_environment
 from polyattn.settings import current_settings, forced
 
 __all__ = ["USPAttention", "UlyssesAttention", "refuse_grid_methods"]
+
+MAXIMUM_AGREED = 1024  # kinds of calls that are remembered; then the ranks ask each other again
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -68,6 +71,7 @@ class USPAttention(LocalAttention):
         )  # fmt: skip
         self._mesh = mesh
         self._groups: SequenceGroups | None = None
+        self._world: Any = None
         self._agreed: set[Any] = set()
         self._together = self._in_parallel
         self.groups  # noqa: B018 - says at once what is wrong with the mesh
@@ -87,14 +91,27 @@ class USPAttention(LocalAttention):
     @property
     def groups(self) -> SequenceGroups:
         """The processes that share the sequence; looked up when first needed."""
-        if self._groups is None:
-            groups = sequence_groups(self._mesh, ring=self._ring)
-            if self._mesh is None and groups.size == 1:
-                return groups  # a process group may come later
-            self._groups = groups
-            if groups.size > 1:
-                self._together = torch.compiler.disable(self._in_parallel)  # type: ignore[no-untyped-call]
+        found = self._groups
+        if found is None or (self._mesh is None and self._world is not _world()):
+            found = self._look_up()
+        return found
+
+    def _look_up(self) -> SequenceGroups:
+        self._world, self._agreed = _world(), set()
+        self._groups = sequence_groups(self._mesh, ring=self._ring)
+        if self._groups.size > 1:
+            self._together = torch.compiler.disable(self._in_parallel)  # type: ignore[no-untyped-call]
         return self._groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: groups belong to a process, and are looked up again."""
+        state: dict[str, Any] = {**self.__dict__, "_groups": None, "_world": None}
+        del state["_together"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._together = self._in_parallel
 
     def forward(
         self,
@@ -108,19 +125,17 @@ class USPAttention(LocalAttention):
         prefix: Tensors | None = None,
         suffix: Tensors | None = None,
         keys_replicated: bool = False,
-        lengths: Sequence[int] | None = None,
     ) -> Any:
         """Attention of this rank's shard of queries over the whole sequence.
 
         ``q`` is ``[B, S_local, H, D]``, k and v ``[B, S_local, Hkv, D]``; shards may differ in
-        length. ``lengths`` are those of all ranks in order; without it they are asked for in every
-        call. ``attn_mask`` is the mask of the whole sequence, the same on every rank. ``extras``
-        are shards like q.
+        length, and lie in the order of ``groups.index``. ``attn_mask`` is the mask of the whole
+        sequence, the same on every rank. ``extras`` are shards like q.
 
         ``prefix`` or ``suffix`` are q, k and v ``[B, L, H, D]`` of tokens that every rank holds in
         full (text), before or after the sequence; their result is the same on every rank.
         ``keys_replicated`` says that k and v are whole on every rank, as in cross-attention:
-        nothing is sent then.
+        nothing is sent then, and the rows of ``attn_mask`` are this rank's own.
 
         Returns out ``[B, S_local, H, D]``, with ``return_lse`` (out, lse ``[B, H, S_local]``); with
         replicated tokens that and the same of the tokens, as a pair. Gradients of replicated tokens
@@ -131,12 +146,14 @@ class USPAttention(LocalAttention):
             ParallelError: where ranks disagree, or another rank failed.
             BackendUnavailableError: for a backend that cannot serve this, as everywhere.
         """
-        groups = self._groups or self.groups
+        groups = self.groups
         replicated = prefix is not None or suffix is not None
         if groups.size > 1 and not keys_replicated:
-            return self._together(q, k, v, attn_mask, return_lse, extras, prefix, suffix, lengths)
-        if replicated and keys_replicated:
+            return self._together(q, k, v, attn_mask, return_lse, extras, prefix, suffix)
+        if keys_replicated and replicated:
             raise InputError("keys_replicated goes with neither prefix nor suffix")
+        if keys_replicated and self.is_causal:
+            raise InputError("causal attention over replicated keys is not defined for a shard")
         if replicated:
             return self._joined_here(q, k, v, attn_mask, return_lse, extras, prefix, suffix)
         if keys_replicated and q.shape[1] == 0:
@@ -163,65 +180,85 @@ class USPAttention(LocalAttention):
     def _checked(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
         return_lse: bool, extras: Mapping[str, torch.Tensor] | None, prefix: Tensors | None,
-        suffix: Tensors | None, lengths: Sequence[int] | None,
+        suffix: Tensors | None,
     ) -> _Call:  # fmt: skip
-        """What the ranks have to know of each other, after all of them found nothing wrong."""
+        """The call, after the ranks have told each other that nothing is wrong with it.
+
+        Every call exchanges a few numbers between CPUs, beside whatever the GPUs are at. What is
+        decided by them is decided alike on every rank.
+        """
         groups = self.groups
-        error: PolyattnError | None = None
+        kind: dict[str, str] = {}
+        error: Exception | None = None
         try:
             _check_shard(q, k, v, extras)
             _check_groups(q, k, self.enable_gqa)
             _check_replicated(q, k, v, prefix, suffix, self.is_causal, extras)
-        except PolyattnError as problem:
+            kind = self._kind(q, k, v, mask, return_lse, extras, prefix, suffix)
+        except Exception as problem:
             error = problem
-        context = current_context()
+        known = (*kind.values(), repr((current_settings(), forced())))
+        header = [0, 0, 0, 0]
         if error is None:
-            kind: tuple[Any, ...] = (
-                self._site_text, self.is_causal, self.scale, self.enable_gqa, return_lse,
-                q.shape[0], *q.shape[2:], k.shape[2], str(q.dtype), q.device.type,
-                None if mask is None else (tuple(mask.shape), str(mask.dtype)),
-                [None if each is None else each[0].shape[1] for each in (prefix, suffix)],
-                sorted(extras or ()),
-                None if context is None else (context.role, context.grid, context.text),
-                torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)),
-                repr(current_settings()), forced(),
-            )  # fmt: skip
-        if lengths is None:
-            header = [0, 0, 0] if error is not None else [1, q.shape[1], fingerprint(kind)]
-            rows = exchange_headers(groups, header)
-            if error is not None:
-                raise error
-            _check_headers(rows, header, groups)
-            lengths = [row[1] for row in rows]
-        elif error is not None:
+            header = [1, q.shape[1], fingerprint(kind), known in self._agreed]
+        rows = exchange_headers(groups, header)
+        if error is not None:
             raise error
-        lengths = tuple(lengths)
-        if len(lengths) != groups.size or lengths[groups.index] != q.shape[1]:
-            raise InputError(
-                f"lengths has the tokens of {groups.size} shards, and this rank's (number "
-                f"{groups.index}) is {q.shape[1]}; found {lengths}"
+        if failed := [index for index, row in enumerate(rows) if not row[0]]:
+            raise ParallelError(
+                f"shard {failed[0]} of {groups.size} was refused by its rank, so this one (shard "
+                f"{groups.index}) stops as well",
+                hint="the reason is in the error of that rank",
             )
+        if any(row[2] != header[2] for row in rows):
+            agree(groups, lambda: kind)  # says what differs
+        lengths = tuple(row[1] for row in rows)
         if not sum(lengths):
             raise InputError("all shards of the sequence are empty")
-        call = _Call(
-            self,
-            q,
-            k,
-            v,
-            mask,
-            return_lse,
-            dict(sorted((extras or {}).items())),
-            prefix,
-            suffix,
-            lengths,
-        )
-        if (kind_key := (repr(kind), lengths)) not in self._agreed:
+        named = dict(sorted((extras or {}).items()))
+        call = _Call(self, q, k, v, mask, return_lse, named, prefix, suffix, lengths)
+        call.check_mask()
+        if not all(row[3] for row in rows):
             agree(groups, call.decision)
-            self._agreed.add(kind_key)
+            if len(self._agreed) >= MAXIMUM_AGREED:
+                self._agreed.clear()
+            self._agreed.add(known)
         return call
+
+    def _kind(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+        return_lse: bool, extras: Mapping[str, torch.Tensor] | None, prefix: Tensors | None,
+        suffix: Tensors | None,
+    ) -> dict[str, str]:  # fmt: skip
+        """What of a call has to be equal on all ranks, by name."""
+        context = current_context() or ForwardContext()
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise InputError(f"attn_mask is a tensor or None, found {type(mask).__name__}")
+        grad = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
+        values = {
+            "batch, heads, key heads and head dimension": (q.shape[0], q.shape[2], k.shape[2],
+                                                           q.shape[3]),
+            "dtype": q.dtype,
+            "kind of device": q.device.type,
+            "layer": (self._site_text, self.is_causal, self.scale, self.enable_gqa),
+            "return_lse": return_lse,
+            "attn_mask": None if mask is None else (tuple(mask.shape), mask.dtype),
+            "replicated tokens": [
+                None if each is None else each[0].shape[1] for each in (prefix, suffix)
+            ],
+            "extras": sorted(extras or ()),
+            "forward context": replace(context, run_state={}),
+            "whether a gradient is needed": grad,
+        }  # fmt: skip
+        return {name: repr(value) for name, value in values.items()}
 
     def _in_parallel(self, *arguments: Any) -> Any:
         call = self._checked(*arguments)
+        # As everywhere, attention computes in the dtype of its tensors.
+        with torch.autocast(call.q.device.type, enabled=False):
+            return self._attended(call)
+
+    def _attended(self, call: _Call) -> Any:
         q, k, v, *more = call.whole()
         context = call.context()
         groups = self.groups
@@ -323,7 +360,7 @@ class _Call:
         for each in results:
             part = each[:, first:stop]
             own.append(to_sequence([part], layout)[0] if spread else part)
-            if self.first or self.last:
+            if self.prefix is not None or self.suffix is not None:
                 rows = torch.cat([each[:, :first], each[:, stop:]], 1)
                 if spread:  # to every rank the same rows
                     size = layout.group.size
@@ -333,6 +370,27 @@ class _Call:
         if not tokens:
             return _result(own)
         return _result(own), _result(tokens)
+
+    def check_mask(self) -> None:
+        """The mask is that of the whole sequence."""
+        if self.mask is None:
+            return
+        length = self.first + sum(self.lengths) + self.last
+        shape = tuple(self.mask.shape)
+        full = (self.q.shape[0], self.q.shape[2], length, length)
+        padding = shape == (full[0], length) and self.mask.dtype is torch.bool
+        fits = 0 < len(shape) <= 4 and all(
+            side in (1, wanted) for side, wanted in zip(shape[::-1], full[::-1], strict=False)
+        )
+        if not (padding or fits):
+            raise InputError(
+                f"attn_mask is that of the whole sequence and broadcasts to [B, H, S, S] = "
+                f"{list(full)}, found {list(shape)}"
+            )
+        if self.mask.requires_grad and self.layer.groups.ring.size > 1:
+            raise InputError(
+                "around a ring an attn_mask gets no gradient", hint="attn_mask.detach()"
+            )
 
     def own_mask(self) -> torch.Tensor | None:
         """The mask as four dimensions, for this rank's heads."""
@@ -372,19 +430,22 @@ class _Call:
             if self.extras:
                 raise InputError(f"around a ring no extra tensors travel; found {[*self.extras]}")
         layout = self.layout
-        # Ranks with one head more or less, or none, decide alike: the first rank's heads count.
-        queries, keys = (len(layout.heads[i][0]) for i in (0, 1))
-        length = self.first + layout.length + self.last
+        # A rank without heads decides as the first one does.
+        rank = layout.group.rank if layout.heads[0][layout.group.rank] else 0
+        queries, keys = (len(layout.heads[i][rank]) for i in (0, 1))
+        length = max(1, self.first + layout.length + self.last)
         # The ring has a gradient of its own.
         grad = torch.is_grad_enabled() and self.q.requires_grad and groups.ring.size == 1
 
         def like(x: torch.Tensor, heads: int) -> torch.Tensor:
             whole = x.new_empty(1).requires_grad_(grad)
-            return whole.expand(x.shape[0], max(1, length), heads, x.shape[3])
+            return whole.expand(x.shape[0], length, heads, x.shape[3])
 
-        mask = self.ring.mask_for(self.own_mask(), groups.ring.rank)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, :1].expand(-1, queries, -1, -1)
+        mask = self.own_mask()
+        if mask is not None:  # one of its kind
+            sizes = [n if side > 1 else 1 for n, side in
+                     zip((queries, length, length), mask.shape[1:], strict=True)]  # fmt: skip
+            mask = mask[:, :1, :1, :1].expand(-1, *sizes[:2], length)
         context = self.context()
         with entered(replace(context, first_head=0)) if context else contextlib.nullcontext():
             found = decide(
@@ -399,6 +460,10 @@ class _Call:
             "parameters": " and ".join(repr(sorted(each.parameters.items())) for each in parts),
             **environment_facts(local_environment(str(self.q.device))),
         }
+
+
+def _world() -> Any:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def refuse_grid_methods(site: CallSite, role: str) -> None:
@@ -477,24 +542,6 @@ def _check_replicated(
             raise InputError(f"{name} goes with no extra tensors: the tokens have none")
         if is_causal:
             raise InputError("causal attention takes no replicated tokens: their place is unclear")
-
-
-def _check_headers(
-    rows: Sequence[Sequence[int]], own: Sequence[int], groups: SequenceGroups
-) -> None:
-    failed = [index for index, row in enumerate(rows) if not row[0]]
-    if failed:
-        raise ParallelError(
-            f"rank {failed[0]} of {groups.size} refused its shard, so this one "
-            f"(rank {groups.index}) stops as well",
-            hint="the reason is in the error of that rank",
-        )
-    different = [index for index, row in enumerate(rows) if row[2] != own[2]]
-    if different:
-        raise ParallelError(
-            f"rank {groups.index} and rank {different[0]} do not call the same attention: batch, "
-            "heads, head dimension, dtype, arguments, mask and forward context have to be equal"
-        )
 
 
 def _nothing(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:

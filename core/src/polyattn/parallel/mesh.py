@@ -116,9 +116,11 @@ def sequence_groups(mesh: Any, *, ring: bool) -> SequenceGroups:
         return SequenceGroups(Group(), Group.of(mesh))
     names = getattr(mesh, "mesh_dim_names", None)
     sides = getattr(mesh, "ndim", None)
-    if sides == 1:
+    if sides == 1 and names != ("ring",):
         return SequenceGroups(Group(), Group.of(mesh.get_group()))
-    if sides == 2 and names is not None and set(names) == set(DIMENSIONS):
+    if sides == 1 and ring:
+        return SequenceGroups(Group.of(mesh.get_group()), Group())
+    if sides == 2 and names == DIMENSIONS:
         found = SequenceGroups(*(Group.of(mesh.get_group(name)) for name in DIMENSIONS))
         if found.ring.size > 1 and not ring:
             raise InputError(
@@ -127,7 +129,7 @@ def sequence_groups(mesh: Any, *, ring: bool) -> SequenceGroups:
             )
         return found
     raise InputError(
-        "mesh is a DeviceMesh with the dimensions 'ring' and 'ulysses', one of one dimension, a "
+        "mesh is a DeviceMesh with the dimensions ('ring', 'ulysses'), one of one dimension, a "
         f"process group, or None (the default group); found {mesh!r}",
         hint="polyattn.parallel.sequence_mesh(ulysses_degree=2)",
     )

@@ -120,6 +120,8 @@ def run_generation(plan: Plan, progress: Progress | None = None) -> Result | Non
             notes += attention.notes
     if not plan.processes.writes:
         return None
+    if plan.processes.ulysses_degree > 1 and density is not None:
+        notes.append("densities are those of the first process's heads")
     clock.begin("write")
     path = write_video(_as_bytes(frames), plan.output, plan.fps, overwrite=plan.overwrite)
     if path != plan.output:
