@@ -576,11 +576,19 @@ def agreements_are_made_once(ranks: int) -> None:
 
     agreement.dist.all_gather_object = count
     try:
-        for _ in range(3):
-            layer(*tensors)
+        for step in range(3):
+            for branch in ("cond", "uncond"):
+                with polyattn.forward_context(
+                    step=step, num_steps=3, timestep=900.0 - step, layer=1, branch=branch
+                ):
+                    layer(*tensors)
+        assert len(counted) == 1
+        for length in (24, 23, 24, 23):
+            with polyattn.forward_context(step=0, layer=1):
+                layer(*shards(drawn(length, 4)))
+        assert len(counted) == 2
     finally:
         agreement.dist.all_gather_object = known
-    assert len(counted) == 1
 
 
 # --- running them -------------------------------------------------------------------------------

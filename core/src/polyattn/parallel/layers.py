@@ -29,6 +29,7 @@ from polyattn.settings import current_settings, forced
 
 __all__ = ["USPAttention", "UlyssesAttention", "refuse_grid_methods"]
 
+CONTEXT = "forward context"
 MAXIMUM_AGREED = 1024  # kinds of calls that are remembered; then the ranks ask each other again
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -72,7 +73,7 @@ class USPAttention(LocalAttention):
         self._mesh = mesh
         self._groups: SequenceGroups | None = None
         self._world: Any = None
-        self._agreed: set[Any] = set()
+        self._agreed: dict[Any, set[tuple[int, ...]]] = {}  # lengths, by kind of call
         self._together = self._in_parallel
         self.groups  # noqa: B018 - says at once what is wrong with the mesh
 
@@ -97,7 +98,7 @@ class USPAttention(LocalAttention):
         return found
 
     def _look_up(self) -> SequenceGroups:
-        self._world, self._agreed = _world(), set()
+        self._world, self._agreed = _world(), {}
         self._groups = sequence_groups(self._mesh, ring=self._ring)
         if self._groups.size > 1:
             self._together = torch.compiler.disable(self._in_parallel)  # type: ignore[no-untyped-call]
@@ -197,10 +198,17 @@ class USPAttention(LocalAttention):
             kind = self._kind(q, k, v, mask, return_lse, extras, prefix, suffix)
         except Exception as problem:
             error = problem
-        known = (*kind.values(), repr((current_settings(), forced())))
+        # What runs hangs on these; steps and branches come and go with the same decision.
+        context = current_context() or ForwardContext()
+        known = (
+            *(kind[name] for name in kind if name != CONTEXT),
+            context.role, context.grid, context.text, context.first_head,
+            repr((current_settings(), forced())),
+        )  # fmt: skip
+        agreed = self._agreed.get(known)
         header = [0, 0, 0, 0]
         if error is None:
-            header = [1, q.shape[1], fingerprint(kind), known in self._agreed]
+            header = [1, q.shape[1], fingerprint(kind), agreed is not None]
         rows = exchange_headers(groups, header)
         if error is not None:
             raise error
@@ -218,11 +226,16 @@ class USPAttention(LocalAttention):
         named = dict(sorted((extras or {}).items()))
         call = _Call(self, q, k, v, mask, return_lse, named, prefix, suffix, lengths)
         call.check_mask()
-        if not all(row[3] for row in rows):
-            agree(groups, call.decision)
+        if agreed is None or not all(row[3] for row in rows):
             if len(self._agreed) >= MAXIMUM_AGREED:
                 self._agreed.clear()
-            self._agreed.add(known)
+            agreed = set()  # on all ranks, so that they know the same lengths from here on
+        if lengths not in agreed:
+            agree(groups, call.decision)
+            if len(agreed) >= MAXIMUM_AGREED:
+                agreed.clear()
+            agreed.add(lengths)
+            self._agreed[known] = agreed
         return call
 
     def _kind(
@@ -247,7 +260,7 @@ class USPAttention(LocalAttention):
                 None if each is None else each[0].shape[1] for each in (prefix, suffix)
             ],
             "extras": sorted(extras or ()),
-            "forward context": replace(context, run_state={}),
+            CONTEXT: replace(context, run_state={}),
             "whether a gradient is needed": grad,
         }  # fmt: skip
         return {name: repr(value) for name, value in values.items()}
